@@ -80,6 +80,9 @@ COPY --from=build /image /
 ENV PATH=/usr/local/bin SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt PYDANTIC_DISABLE_PLUGINS=true \
     UVICORN_HOST=0.0.0.0 PORT=80
 
+# Before USER, since it belongs to whoever makes it.
+WORKDIR /app
+
 # For people and tools to read; Docker lets any user listen on it.
 EXPOSE 80
 
@@ -91,7 +94,6 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --start-interval=0.25
     CMD ["python", "-ISc", "import os, socket; s = socket.create_connection(('127.0.0.1', int(os.environ['PORT'])), 2); s.sendall(b'GET /livez HTTP/1.0\\r\\n\\r\\n'); assert b' 200 ' in s.recv(64)"]
 
 # PID 1 is Python, and what follows the image's name in `docker run` are its arguments.
-WORKDIR /app
 ENTRYPOINT ["python", "main.py"]
 
 # Last, and the only file of yours: an edit of it rebuilds this layer alone.

@@ -48,18 +48,18 @@ run: ## Build what is stale and start the service; where no engine answers, serv
 run-container: build
 	@$(ENGINE) rm --force $(NAME) >/dev/null 2>&1; \
 	$(ENGINE) run --detach --name $(NAME) --publish $(PORT):80 $(RUN_FLAGS) $(IMAGE) >/dev/null
-	@for try in $$(seq 150); do $(HEALTHY) >/dev/null && { $(UP); exit; }; sleep 0.2; done; \
+	@for try in $$(seq 100); do $(HEALTHY) >/dev/null && { $(UP); exit; }; sleep 0.2; done; \
 	$(ENGINE) logs $(NAME); echo "$(NAME) did not become healthy; its log is above."; exit 1
 
 .PHONY: run-host
 run-host: .venv/ready
 	@echo "No container engine answers, so this host serves main.py itself; ENGINE=docker or ENGINE=podman insists on one."
 	@kill $$(cat .venv/pid 2>/dev/null) 2>/dev/null; .venv/bin/python main.py --port $(PORT) >.venv/log 2>&1 & echo $$! >.venv/pid
-	@for try in $$(seq 150); do $(READY) 2>/dev/null && { $(UP); exit; }; sleep 0.2; done; cat .venv/log; exit 1
+	@for try in $$(seq 100); do $(READY) 2>/dev/null && { $(UP); exit; }; sleep 0.2; done; cat .venv/log; exit 1
 
 .PHONY: smoke
 smoke: .venv/ready ## Test what answers at URL against the service's contract, with httpx
-	@URL=$(URL) .venv/bin/pytest --quiet -p no:cacheprovider -k contract test_main.py
+	@URL=$(URL) .venv/bin/pytest --quiet -p no:cacheprovider -k test_contract test_main.py
 
 .PHONY: logs
 logs: ## Show the log of the service and follow it
@@ -72,13 +72,11 @@ stop: ## Stop the service after its drain, and remove it
 .PHONY: shell
 shell: engine ## Open a shell, which the image does not have, beside the same packages and main.py
 	$(BUILD) --target shell --tag $(IMAGE)-shell .
-	$(ENGINE) run --rm --interactive --tty $(IMAGE)-shell
+	$(ENGINE) run --rm --interactive $(shell test -t 0 && echo --tty) $(IMAGE)-shell
 
 .PHONY: size
-size: build ## Print what the image weighs: unpacked, and compressed as for a download
-	@container=$$($(ENGINE) create $(IMAGE)); trap "$(ENGINE) rm $$container >/dev/null" EXIT; \
-	$(ENGINE) export $$container | wc -c | awk '{ print $$1 / 1e6, "MB unpacked" }'; \
-	$(ENGINE) export $$container | gzip -6 | wc -c | awk '{ print $$1 / 1e6, "MB compressed" }'
+size: .venv/ready ## Measure the image: size, start, memory and rebuild, on each Python that it can be built from
+	@.venv/bin/pytest --quiet -p no:cacheprovider --capture no -k "budgets or edit" test_main.py | grep :
 
 .PHONY: reproduce
 reproduce: engine ## Build the image twice from nothing and compare the two, bit by bit
@@ -107,11 +105,11 @@ lock: .venv/ready ## Write requirements.txt from the dependencies at the head of
 .PHONY: clean
 clean: ## Remove the container, the images and the virtual environment
 	-@$(if $(ENGINE),$(ENGINE) rm --force $(NAME); $(ENGINE) image rm --force $(IMAGE) $(IMAGE)-shell) >/dev/null 2>&1
-	@rm -rf .venv __pycache__
+	@rm -rf .venv .ruff_cache __pycache__
 
 .PHONY: engine
 engine:
-	@"$(ENGINE)" info >/dev/null 2>&1 || { echo "No container engine answers$(addprefix as ,$(ENGINE)): start Docker or Podman."; exit 1; }
+	@"$(ENGINE)" info >/dev/null 2>&1 || { echo "No container engine answers$(if $(ENGINE), as $(ENGINE)): start Docker or Podman."; exit 1; }
 
 # One virtual environment for everything on the host: the locked packages, those that test_main.py names, and uv.
 .venv/ready: requirements.txt test_main.py Makefile
