@@ -27,15 +27,16 @@ if sys.version_info >= (3, 15):
     sys.set_lazy_imports("all")
 EOF
 
-# Leave out what needs a display, an IDE or pip, tests of the interpreter, twins in Python of modules in C, sources that
-# were compiled into extensions, and pydantic's version 1, which FastAPI looks for but Python 3.14 no longer runs.
+# Leave out what needs a display, an IDE or pip, tests of the interpreter, twins in Python of modules in C, and sources
+# that were compiled into extensions. Let there be one list of certificate authorities, the system's.
 # Compile the rest, sources staying for tracebacks: unchecked, since files do not change, and always to the same bytes.
 RUN <<EOF
 mv /tmp/sitecustomize.py /usr/local/lib/python3.??/site-packages
 rm -rf /usr/local/lib/python3.??/{config-*,ensurepip,idlelib,pydoc_data,tkinter,turtle*,profiling/sampling/_vendor}
 rm -rf /usr/local/lib/python3.??/{lib-dynload/{*_test*,*xx*,_tkinter*},_pydatetime.py,_pydecimal.py,_pyio.py}
-rm -rf /usr/local/lib/python3.??/site-packages/{pip,pip-*,pydantic/v1}
+rm -rf /usr/local/lib/python3.??/site-packages/{pip,pip-*}
 find /usr/local/lib/python3.??/site-packages -regex '.*\.\(c\|h\|pxd\|pyi\|pyx\)' -delete
+find /usr/local/lib/python3.??/site-packages -name cacert.pem -exec ln -sf /etc/ssl/certs/ca-certificates.crt {} \;
 find /usr/local/lib/python3.?? -type f -name '*.so*' -exec strip --strip-unneeded {} +
 PYTHONHASHSEED=0 python -X no_debug_ranges -m compileall -qf --invalidation-mode unchecked-hash /usr/local/lib/python3.??
 EOF
@@ -49,6 +50,7 @@ printf '%s\n' /etc/ld.so.conf /etc/ld.so.conf.d /etc/nsswitch.conf /etc/os-relea
     /etc/ssl/certs/ca-certificates.crt /sbin/ldconfig /usr/share/zoneinfo > /files
 find /image/usr/local -type f -name '*.so*' -exec ldd /usr/local/bin/python3 {} + | sed -n 's/.*\s\(\/.*\) (0x.*/\1/p' >> /files
 sort -u /files | xargs cp -RH --parents --target-directory=/image
+rm /image/usr/share/zoneinfo/{*.tab,leap*,tzdata.zi}
 xargs realpath < /files | { xargs dpkg --search || true; } | cut -d: -f1 > /packages
 for package in $(sort -u /packages) ca-certificates; do
     dpkg --status "$package" > "/image/var/lib/dpkg/status.d/$package"

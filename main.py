@@ -6,7 +6,6 @@
 
 import asyncio
 import io
-import logging
 import logging.config
 import multiprocessing
 import os
@@ -18,7 +17,7 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime
 from time import perf_counter
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, cast
 
 import click
 import uvicorn
@@ -105,6 +104,7 @@ class PrintHandler(io.TextIOBase):
 
 
 if __name__ in {"__main__", "__mp_main__"}:  # this process and its workers, not somebody's import
+    sys.modules.setdefault("pydantic.v1", cast("Any", None))  # FastAPI loads it just to ask whether models are of it
     LOGGING_CONFIG["root"] = {"handlers": ["default"], "level": "INFO"}
     if not sys.stdout.isatty() and not {"--help", "--version"} & {*sys.argv}:
         LOGGING_CONFIG["handlers"] = {"default": {"()": JsonHandler}, "access": {"()": JsonHandler}}
@@ -149,8 +149,8 @@ class RequestLog:
             return await self.app(scope, receive, send)
 
         started, status, size, complete = perf_counter(), 500, 0, False
-        parent = {k.decode(): v.decode("latin-1") for k, v in scope["headers"] if k == b"traceparent"}
         # Attached even if empty, since asyncio can hand a request the context of the one before on its connection.
+        parent = {k.decode(): v.decode("latin-1") for k, v in scope["headers"] if k == b"traceparent"}
         context.attach(propagate.extract(parent, context.Context()))
 
         async def observe(message: Message) -> None:
@@ -270,7 +270,7 @@ def pass_on_second_sigterm() -> None:
 # The documentation pages may use the inline scripts that they have, but load nothing from other hosts.
 HEADERS = ["X-Content-Type-Options:nosniff", "Content-Security-Policy:default-src 'self' 'unsafe-inline' data: blob:"]
 DEFAULTS = settings.model_dump() | {"headers": HEADERS, "server_header": False}
-OPTIONS = uvicorn.main.params[1:]  # all but its argument, the app
+OPTIONS = uvicorn.main.params[1:]  # all but the first, which is the app
 
 
 @click.command(params=OPTIONS, context_settings={"auto_envvar_prefix": "UVICORN", "default_map": DEFAULTS})
