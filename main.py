@@ -5,6 +5,7 @@
 """A FastAPI service in one file. The part headed "The service" is yours; the rest makes it at home in a container."""
 
 import asyncio
+import faulthandler
 import io
 import logging.config
 import multiprocessing
@@ -13,7 +14,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime
 from time import perf_counter
@@ -38,9 +39,8 @@ class Settings(BaseModel, frozen=True, validate_by_name=True):
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one")
     log_level: Literal["critical", "error", "warning", "info", "debug", "trace"] = Field("info", description="severity")
     workers: int = Field(1, ge=1, alias="web_concurrency", description="processes that serve")
-    # Longer than the 60 s for which load balancers keep one idle: who closes first makes the other lose a request.
+    # Outlasts the 60 s of load balancers, since who closes first loses requests. The next two end before Docker's 10 s.
     timeout_keep_alive: int = Field(75, ge=1, description="seconds for which an idle connection is kept open")
-    # In sum shorter than the 10 s that Docker gives between SIGTERM and SIGKILL.
     drain_seconds: float = Field(3, ge=0, le=3600, description="seconds to serve on after SIGTERM")
     timeout_graceful_shutdown: int = Field(5, ge=0, description="seconds that requests then get to finish")
     max_body_bytes: int = Field(1_048_576, ge=0, description="bytes of the largest request body; beyond it: 413")
@@ -122,10 +122,13 @@ def drain_on_sigterm(app: FastAPI) -> Generator[None]:
     """Between SIGTERM and uvicorn's shutdown, be unready but serve, until load balancers have looked elsewhere."""
     loop = asyncio.get_running_loop()
 
-    def drain(shut_down: Callable[..., Any]) -> None:
+    def drain(shut_down: Any) -> None:
         delay = settings.drain_seconds if app.state.ready else 0  # a second SIGTERM is impatient
         app.state.ready = False
         logger.info("Shutting down in %g s", delay)
+        # A thread that is blocked cannot be cancelled, and would be waited for: this ends the process in any case.
+        limit = delay + (shut_down.__self__.config.timeout_graceful_shutdown or 0) + 1
+        faulthandler.dump_traceback_later(limit, exit=True, file=os.open(os.devnull, os.O_WRONLY))
         loop.call_later(delay, shut_down, signal.SIGTERM, None)
 
     if callable(uvicorns := signal.getsignal(signal.SIGTERM)):  # there is none where a test runs without a server
@@ -177,9 +180,8 @@ class RequestLog:
                 self.write(scope, status, size, started)
 
     def write(self, scope: Scope, status: int, size: int, started: float) -> None:
-        # A route does not know the prefix that its router was included with; FastAPI's context of it does.
         match = scope.get("fastapi", {}).get("effective_route_context") or scope.get("route")
-        route = getattr(match, "path_format", None)
+        route = getattr(match, "path_format", None)  # whole, where a router was included with a prefix
         if not self.enabled or (status < 400 and route in PROBES):
             return
         fields = {
@@ -228,14 +230,12 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 
 # --- What every service answers ---
 @app.api_route("/livez", methods=["GET", "HEAD"], include_in_schema=False)
-async def livez() -> JSONResponse:
-    """200 as long as the event loop turns; where nothing answers, a restart helps."""
+async def livez() -> JSONResponse:  # as long as the event loop turns; where nothing answers, a restart helps
     return JSONResponse({"live": True}, headers={"Cache-Control": "no-store"})
 
 
 @app.api_route("/readyz", methods=["GET", "HEAD"], include_in_schema=False)
-async def readyz() -> JSONResponse:
-    """200 while requests are welcome: from the end of start-up until SIGTERM; 503 otherwise."""
+async def readyz() -> JSONResponse:  # while requests are welcome: from the end of start-up until SIGTERM
     return JSONResponse(
         {"ready": app.state.ready}, 200 if app.state.ready else 503, headers={"Cache-Control": "no-store"}
     )

@@ -1093,6 +1093,22 @@ def test_container_stops_within_ten_seconds_by_default_whatever_is_open(image, v
     assert 8 <= seconds < 9.7
 
 
+def test_container_stops_although_a_thread_is_blocked(image, variant):
+    source = variant("""
+import time
+@app.get("/block")
+def block() -> None:
+    print("block has begun")
+    time.sleep(60)
+""")
+    settings = ("--env=DRAIN_SECONDS=0", "--env=UVICORN_TIMEOUT_GRACEFUL_SHUTDOWN=1")
+    with image.variant(source).container(flags=settings) as container, ThreadPoolExecutor() as pool:
+        pool.submit(httpx.get, container.url + "/block")
+        wait_until(lambda: any(line["message"] == "block has begun" for line in container.logs()), 10)
+        status, seconds = container.stop()
+    assert (status, seconds < 4) == (1, True)
+
+
 @pytest.mark.parametrize("workers", [1, 4])
 def test_container_stops_cleanly_with_one_process_and_with_workers(image, workers):
     flags = ("--memory=256m", "--env=DRAIN_SECONDS=1")
@@ -1152,31 +1168,34 @@ def test_container_refuses_to_start_when_an_import_fails(image, variant):
 
 
 class Load:
-    """Keep-alive clients as a load balancer has: they check every answer and look elsewhere once it is unready."""
+    """Keep-alive clients as a load balancer has: they check every answer and look elsewhere once a probe fails."""
 
-    def __init__(self, url: str, connections: int) -> None:
-        self.address, self.connections = urlsplit(url).hostname, connections
+    def __init__(self, url: str, connections: int, probe: str = "/readyz") -> None:
+        self.address, self.connections, self.probe = urlsplit(url).hostname, connections, probe
         self.answered, self.lost, self.over = 0, [], False
 
     async def connection(self) -> None:
         while not self.over:
-            reader, writer = await asyncio.open_connection(self.address, 80)
-            with closing(writer):
-                head = b""
-                while not self.over and b"connection: close" not in head:
-                    try:
+            try:
+                reader, writer = await asyncio.open_connection(self.address, 80)
+                with closing(writer):
+                    head = b""
+                    while not self.over and b"connection: close" not in head:
                         writer.write(b"GET /items/5?q=somequery HTTP/1.1\r\nHost: test\r\n\r\n")
                         head = await reader.readuntil(b"\r\n\r\n")
                         body = await reader.readexactly(int(head.partition(b"content-length: ")[2].split()[0]))
                         assert (head[:12], body) == (b"HTTP/1.1 200", b'{"item_id":5,"q":"somequery"}')
                         self.answered += 1
-                    except (OSError, asyncio.IncompleteReadError, AssertionError) as error:
-                        self.lost.append(error)
+            except (OSError, asyncio.IncompleteReadError, AssertionError) as error:
+                self.lost.append(error)
+                await asyncio.sleep(0.01)
 
     async def watch(self) -> None:
+        """Probe every 200 ms until that fails."""
         async with httpx.AsyncClient(base_url=f"http://{self.address}") as client:
-            while (await client.get("/readyz")).status_code == 200:
-                await asyncio.sleep(0.2)  # the period of the probe
+            with suppress(httpx.TransportError):
+                while (await client.get(self.probe)).status_code == 200:
+                    await asyncio.sleep(0.2)
         self.over = True
 
     async def run(self, until) -> None:
