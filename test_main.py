@@ -509,6 +509,23 @@ def test_root_path_is_taken_off_and_shown_in_links():
         assert "url: '/api/openapi.json'" in httpx.get(process.url + "/docs").text
 
 
+def test_answers_carry_the_headers_that_browsers_obey_and_do_not_name_the_server():
+    with Process() as process:
+        headers = httpx.get(process.url + "/docs").headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["content-security-policy"].startswith("default-src 'self'")
+    assert "http" not in headers["content-security-policy"]
+    assert "server" not in headers
+
+
+def test_log_reader_that_is_gone_stops_no_service():
+    reader, writer = os.pipe()
+    with Process(output=writer) as process:
+        os.close(writer)
+        os.close(reader)
+        assert [httpx.get(process.url).status_code for _ in range(3)] == [200] * 3
+
+
 def test_uv_run_serves():
     with Process(command=(UV, "run", "--quiet", "--no-project", "--python", sys.executable)) as process:
         assert httpx.get(process.url + "/").json() == {"Hello": "World"}
