@@ -79,7 +79,7 @@ size: .venv/ready ## Measure the image: size, start, memory and rebuild, on each
 	@.venv/bin/pytest --quiet -p no:cacheprovider --capture no -k "budgets or edit" test_main.py | grep :
 
 .PHONY: reproduce
-reproduce: engine ## Build the image twice from nothing and compare the two, bit by bit
+reproduce: engine .venv/ready ## Build the image twice from nothing and compare the two, bit by bit
 	@for try in 1 2; do $(BUILD) --quiet --no-cache --provenance=false --output type=oci,dest=.venv/$$try.tar,rewrite-timestamp=true .; done
 	@cmp .venv/1.tar .venv/2.tar && echo "The two builds are identical."; status=$$?; rm .venv/?.tar; exit $$status
 

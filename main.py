@@ -72,7 +72,7 @@ def write_line(level: str, message: str, fields: dict[str, Any]) -> None:
     if span.is_valid:
         line |= {"trace_id": trace.format_trace_id(span.trace_id), "span_id": trace.format_span_id(span.span_id)}
     with suppress(OSError):  # a reader that has gone away ends the log, not the service
-        os.write(1, to_json(line, fallback=str) + b"\n")
+        os.write(1, to_json(line, fallback=str, inf_nan_mode="strings") + b"\n")
 
 
 class JsonHandler(logging.Handler):
@@ -85,7 +85,8 @@ class JsonHandler(logging.Handler):
             fields = {"logger": record.name} | {k: v for k, v in vars(record).items() if k not in self.STANDARD}
             if record.exc_info and record.exc_info[0]:
                 fields["exception.type"] = record.exc_info[0].__name__
-                fields["exception.stacktrace"] = logging.Formatter().formatException(record.exc_info)
+                stack = logging.Formatter().formatException(record.exc_info)
+                fields["exception.stacktrace"] = stack.encode(errors="backslashreplace").decode()
             write_line(record.levelname.lower(), record.getMessage().strip(), fields)
         except Exception:  # noqa: BLE001 — as in logging's own handlers
             self.handleError(record)
@@ -106,7 +107,7 @@ class PrintHandler(io.TextIOBase):
 if __name__ in {"__main__", "__mp_main__"}:  # this process and its workers, not somebody's import
     sys.modules.setdefault("pydantic.v1", cast("Any", None))  # FastAPI loads it just to ask whether models are of it
     LOGGING_CONFIG["root"] = {"handlers": ["default"], "level": "INFO"}
-    if not sys.stdout.isatty() and not {"--help", "--version"} & {*sys.argv}:
+    if not (sys.stdout and sys.stdout.isatty()) and not {"--help", "--version"} & {*sys.argv}:
         LOGGING_CONFIG["handlers"] = {"default": {"()": JsonHandler}, "access": {"()": JsonHandler}}
         logging.captureWarnings(True)
         sys.excepthook = lambda *exception: logger.critical("Uncaught exception", exc_info=exception)
@@ -126,8 +127,7 @@ def drain_on_sigterm(app: FastAPI) -> Generator[None]:
         delay = settings.drain_seconds if app.state.ready else 0  # a second SIGTERM is impatient
         app.state.ready = False
         logger.info("Shutting down in %g s", delay)
-        # A thread that is blocked cannot be cancelled, and would be waited for: this ends the process in any case.
-        limit = delay + (shut_down.__self__.config.timeout_graceful_shutdown or 0) + 1
+        limit = delay + (shut_down.__self__.config.timeout_graceful_shutdown or 0) + 1  # ends blocked threads
         faulthandler.dump_traceback_later(limit, exit=True, file=os.open(os.devnull, os.O_WRONLY))
         loop.call_later(delay, shut_down, signal.SIGTERM, None)
 

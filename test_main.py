@@ -269,7 +269,7 @@ import warnings
 print("a", "print", 1)
 print("to stderr", file=sys.stderr)
 warnings.warn("mind this")
-logging.getLogger("shop").info("sold %d", 3, extra={"customer": "x"})
+logging.getLogger("shop").info("sold %d", 3, extra={"customer": "x", "share": float("nan")})
 logging.getLogger("shop").info("%d", "a mistake in a log call")
 logging.getLogger("shop").info("half a pair: \\ud83d")
 threading.Thread(target=lambda: 1 / 0).start()
@@ -283,6 +283,7 @@ threading.Thread(target=lambda: 1 / 0).start()
     assert process.said("to stderr")
     assert process.said("mind this")[0]["level"] == "warning"
     assert process.said("sold 3")[0]["customer"] == "x"
+    assert process.said("sold 3")[0]["share"] == "NaN"
     assert process.said("a mistake in a log call")
     assert process.said("half a pair: \\ud83d")
     assert process.said("ZeroDivisionError")
@@ -552,7 +553,7 @@ def test_exception_is_a_500_that_says_nothing_and_one_log_line_that_says_all(var
     source = variant("""
 @app.get("/broken")
 async def broken():
-    raise LookupError("the secret inside")
+    raise LookupError("the secret inside \\ud83d")
 """)
     with Process(source=source) as process, httpx.Client(base_url=process.url) as client:
         response = client.get("/broken", headers={"traceparent": TRACEPARENT})
@@ -564,7 +565,7 @@ async def broken():
         (line,) = [line for line in process.lines if "exception.type" in line]
         assert process.wait_for("GET /broken 500")["trace_id"] == line["trace_id"] == TRACEPARENT.split("-")[1]
     assert (line["level"], line["exception.type"]) == ("error", "LookupError")
-    assert 'raise LookupError("the secret inside")' in line["exception.stacktrace"]
+    assert 'raise LookupError("the secret inside \\ud83d")' in line["exception.stacktrace"]
 
 
 def test_response_that_breaks_off_closes_the_connection(variant):
