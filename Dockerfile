@@ -93,7 +93,7 @@ USER 65532:65532
 
 # In Python, since there is no curl; without site-packages, since it runs every ten seconds.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --start-interval=0.25s \
-    CMD ["python", "-ISc", "import os, socket; s = socket.create_connection(('127.0.0.1', int(os.environ['PORT'] or 8000)), 2); s.sendall(b'GET /livez HTTP/1.0\\r\\n\\r\\n'); assert b' 200 ' in s.recv(64)"]
+    CMD ["python", "-ISc", "import os, socket; s = socket.create_connection((b'localhost', int(os.environ['PORT'] or 8000)), 2); s.sendall(b'GET /livez HTTP/1.0\\r\\n\\r\\n'); assert b' 200 ' in s.recv(64)"]
 
 # PID 1 is Python, and what follows the image's name in `docker run` are its arguments.
 ENTRYPOINT ["python", "main.py"]

@@ -14,15 +14,17 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import AsyncGenerator, Generator
-from contextlib import asynccontextmanager, contextmanager, suppress
+import traceback
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, cast
 
 import click
-import uvicorn
-from fastapi import FastAPI, Request
+import uvicorn.supervisors
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from opentelemetry import context, propagate, trace
@@ -39,170 +41,121 @@ class Settings(BaseModel, frozen=True, validate_by_name=True):
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one")
     log_level: Literal["critical", "error", "warning", "info", "debug", "trace"] = Field("info", description="severity")
     workers: int = Field(1, ge=1, alias="web_concurrency", description="processes that serve")
-    # Outlasts the 60 s of load balancers, since who closes first loses requests. The next two end before Docker's 10 s.
-    timeout_keep_alive: int = Field(75, ge=1, description="seconds for which an idle connection is kept open")
-    drain_seconds: float = Field(3, ge=0, le=3600, description="seconds to serve on after SIGTERM")
-    timeout_graceful_shutdown: int = Field(5, ge=0, description="seconds that requests then get to finish")
     max_body_bytes: int = Field(1_048_576, ge=0, description="bytes of the largest request body; beyond it: 413")
+    # Outlasts the 60 s of load balancers, since who closes first loses requests. The next two end before the last.
+    timeout_keep_alive: int = Field(75, ge=1, description="seconds for which an idle connection is kept open")
+    drain_seconds: float = Field(3 * ("--reload" not in sys.argv), ge=0, le=3600, description="seconds after SIGTERM")
+    timeout_graceful_shutdown: int = Field(5, ge=0, description="seconds that requests then get to finish")
+    stop_seconds: int = Field(10, ge=1, description="seconds from SIGTERM to SIGKILL, which whoever stops it decides")
 
 
-def read_settings(values: dict[str, Any]) -> Settings:
+def read_settings(values: dict[str, Any], name: Callable[[str], str]) -> Settings:
+    """Settings, or the end of the process with a sentence on each that is wrong, as `name` makes it known to users."""
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        fail("; ".join(f"{str(e['loc'][0]).upper()}={e['input']}: {e['msg']}" for e in error.errors()))
-
-
-def fail(sentence: str) -> NoReturn:
-    """End the process over a mistake that its user can mend: one sentence, no traceback."""
-    logger.critical(sentence)
-    sys.exit(2)
+        sys.exit("; ".join(f"{name(str(e['loc'][0]))}={e['input']}: {e['msg']}" for e in error.errors()))
 
 
 # --- Logs: one JSON object a line, or uvicorn's own coloured lines on a terminal ---
 logger = logging.getLogger("service")
+PLAIN = bool(sys.stdout and sys.stdout.isatty()) or not {"--help", "--version"}.isdisjoint(sys.argv)
+STANDARD = vars(logging.makeLogRecord({})).keys() | {"message", "color_message"}
 PROBES, PROBED = ("/livez", "/readyz"), ('/livez HTTP/1.1" 200', '/readyz HTTP/1.1" 200')
 
 
 def write_line(level: str, message: str, fields: dict[str, Any]) -> None:
     """Write one JSON object to standard output, with the ids of the current trace, if there is one."""
-    message = message.encode(errors="backslashreplace").decode()
-    line = {"timestamp": datetime.now(UTC).isoformat(), "level": level, "message": message, **fields}
+    line = {"timestamp": datetime.now(UTC).isoformat(), "level": level, "message": message}
+    line |= fields | line  # so that what is logged cannot pose as another time or level
     span = trace.get_current_span().get_span_context()
     if span.is_valid:
         line |= {"trace_id": trace.format_trace_id(span.trace_id), "span_id": trace.format_span_id(span.span_id)}
+    try:
+        data = to_json(line, fallback=repr, inf_nan_mode="strings")
+    except ValueError:  # bytes that are not UTF-8, half a character, an object that contains itself
+        data = to_json({str(k): str(v).encode(errors="backslashreplace").decode() for k, v in line.items()})
     with suppress(OSError):  # a reader that has gone away ends the log, not the service
-        os.write(1, to_json(line, fallback=str, inf_nan_mode="strings") + b"\n")
+        os.write(1, data + b"\n")
 
 
 class JsonHandler(logging.Handler):
     """Writes a log record, with what `extra=` adds to it and the exception it carries."""
 
-    STANDARD = vars(logging.makeLogRecord({})).keys() | {"message", "color_message"}
-
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            fields = {"logger": record.name} | {k: v for k, v in vars(record).items() if k not in self.STANDARD}
+            fields = {"logger": record.name} | {k: v for k, v in vars(record).items() if k not in STANDARD}
             if record.exc_info and record.exc_info[0]:
                 fields["exception.type"] = record.exc_info[0].__name__
-                stack = logging.Formatter().formatException(record.exc_info)
-                fields["exception.stacktrace"] = stack.encode(errors="backslashreplace").decode()
+                fields["exception.stacktrace"] = logging.Formatter().formatException(record.exc_info)
+            fields |= {"code.stacktrace": record.stack_info} if record.stack_info else {}
             write_line(record.levelname.lower(), record.getMessage().strip(), fields)
-        except Exception:  # noqa: BLE001 — as in logging's own handlers
-            self.handleError(record)
+        except Exception:  # noqa: BLE001 — of the call that logs, as when its arguments do not fit its text
+            write_line("error", f"Cannot log {vars(record)}: {traceback.format_exc()}", {})
 
 
-class PrintHandler(io.TextIOBase):
-    """Takes the place of sys.stdout and sys.stderr, so that what anyone prints becomes log lines, too."""
+class PrintLog(io.BytesIO):
+    """Lies below sys.stdout and sys.stderr, so that what anyone prints becomes log lines, too."""
 
-    unfinished = ""
-
-    def write(self, text: str) -> int:
-        *lines, self.unfinished = (self.unfinished + text).split("\n")
-        for line in filter(str.strip, lines):
-            write_line("info", line, {"logger": "print"})
-        return len(text)
+    def write(self, data: Any) -> int:
+        level = "error" if self is sys.stderr.buffer else "info"
+        for line in filter(str.strip, bytes(data).decode(errors="backslashreplace").split("\n")):
+            write_line(level, line, {"logger": "print"})
+        return len(data)
 
 
 if __name__ in {"__main__", "__mp_main__"}:  # this process and its workers, not somebody's import
     sys.modules.setdefault("pydantic.v1", cast("Any", None))  # FastAPI loads it just to ask whether models are of it
     LOGGING_CONFIG["root"] = {"handlers": ["default"], "level": "INFO"}
-    if not (sys.stdout and sys.stdout.isatty()) and not {"--help", "--version"} & {*sys.argv}:
+    if not PLAIN:
         LOGGING_CONFIG["handlers"] = {"default": {"()": JsonHandler}, "access": {"()": JsonHandler}}
         logging.captureWarnings(True)
-        sys.excepthook = lambda *exception: logger.critical("Uncaught exception", exc_info=exception)
-        sys.stdout = sys.stderr = PrintHandler()
+        sys.excepthook = lambda *error: logger.critical("Uncaught exception", exc_info=error[1])
+        threading.excepthook = lambda thread: logger.critical("Uncaught exception", exc_info=thread.exc_value)
+        sys.stdout, sys.stderr = (io.TextIOWrapper(PrintLog(), "utf-8", "replace", line_buffering=True) for _ in "12")
     logging.config.dictConfig(LOGGING_CONFIG)  # as uvicorn will do, in each of its processes
     logging.getLogger("uvicorn.access").addFilter(lambda line: not line.getMessage().endswith(PROBED))
-settings = read_settings({name.lower(): value for name, value in os.environ.items() if value})
+settings = read_settings({name.lower(): value for name, value in os.environ.items() if value}, str.upper)
 
 
-# --- The life of a process and of a request ---
-@contextmanager
-def drain_on_sigterm(app: FastAPI) -> Generator[None]:
-    """Between SIGTERM and uvicorn's shutdown, be unready but serve, until load balancers have looked elsewhere."""
+# --- The life of a process ---
+def ready_until_sigterm(app: FastAPI) -> None:
+    """From SIGTERM to uvicorn's shutdown, be unready but serve, until load balancers have looked elsewhere."""
     loop = asyncio.get_running_loop()
 
     def drain(shut_down: Any) -> None:
+        if not app.state.ready and multiprocessing.parent_process():
+            return  # sent to the whole group, it comes from the parent, too; whose impatience is a SIGINT
         delay = settings.drain_seconds if app.state.ready else 0  # a second SIGTERM is impatient
-        app.state.ready = False
-        logger.info("Shutting down in %g s", delay)
         limit = delay + (shut_down.__self__.config.timeout_graceful_shutdown or 0) + 1  # ends blocked threads
+        app.state.ready = False
+        logger.info("Shutting down in %g s, by force in %g s", delay, limit)
         faulthandler.dump_traceback_later(limit, exit=True, file=os.open(os.devnull, os.O_WRONLY))
         loop.call_later(delay, shut_down, signal.SIGTERM, None)
 
     if callable(uvicorns := signal.getsignal(signal.SIGTERM)):  # there is none where a test runs without a server
         signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(drain, uvicorns))
     app.state.ready = True
-    yield
-
-
-class RequestLog:
-    """Outermost, so as to see responses as they leave: the access log, instead of uvicorn's, by the same switches."""
-
-    def __init__(self, app: FastAPI) -> None:
-        self.app, self.enabled = app, False
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" and isinstance(sys.stdout, PrintHandler):
-            uvicorns = logging.getLogger("uvicorn.access")
-            self.enabled = bool(uvicorns.handlers) and uvicorns.isEnabledFor(logging.INFO)
-            uvicorns.handlers.clear()
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-
-        started, status, size, complete = perf_counter(), 500, 0, False
-        # Attached even if empty, since asyncio can hand a request the context of the one before on its connection.
-        parent = {k.decode(): v.decode("latin-1") for k, v in scope["headers"] if k == b"traceparent"}
-        context.attach(propagate.extract(parent, context.Context()))
-
-        async def observe(message: Message) -> None:
-            nonlocal status, size, complete
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                if not self.app.state.ready:  # clients that keep connections open are to reconnect elsewhere
-                    message["headers"] = [*message["headers"], (b"connection", b"close")]
-            elif message["type"] == "http.response.body":
-                size += len(message.get("body", b""))
-                complete = not message.get("more_body")
-            await send(message)
-            if complete:
-                self.write(scope, status, size, started)
-
-        try:
-            await self.app(scope, receive, observe)
-        except Exception:
-            if not complete:
-                raise  # for uvicorn to log, and to close the connection: the client learns that the response broke off
-            logger.exception("Unhandled exception in %s %s", scope["method"], scope["path"])
-        finally:
-            if not complete:
-                self.write(scope, status, size, started)
-
-    def write(self, scope: Scope, status: int, size: int, started: float) -> None:
-        match = scope.get("fastapi", {}).get("effective_route_context") or scope.get("route")
-        route = getattr(match, "path_format", None)  # whole, where a router was included with a prefix
-        if not self.enabled or (status < 400 and route in PROBES):
-            return
-        fields = {
-            "http.request.method": scope["method"],
-            "url.scheme": scope["scheme"],
-            "url.path": scope["path"],
-            "http.route": route,
-            "http.response.status_code": status,
-            "http.response.body.size": 0 if scope["method"] == "HEAD" else size,
-            "http.server.request.duration": round(perf_counter() - started, 6),
-            "client.address": scope["client"] and scope["client"][0],
-        }
-        write_line("info", f"{scope['method']} {scope['path']} {status}", fields)
 
 
 # --- The service: this part is yours ---
+def prestart(given: Settings) -> None:
+    """Steps before starting: `python main.py --prestart`, once for all replicas. Yours go to its end."""
+    stop = given.drain_seconds + given.timeout_graceful_shutdown + 1
+    if stop >= given.stop_seconds:
+        sys.exit(f"STOP_SECONDS={given.stop_seconds}: must exceed the {stop:g} s of drain, graceful shutdown and 1")
+    need = 40 * (given.workers + (given.workers > 1))  # MB of each process when ready, a parent included
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroup v2 and v1
+        with suppress(OSError, ValueError):  # the other version; "max"
+            if need > (limit := int(Path(file).read_text()) // 1_000_000):
+                sys.exit(f"WEB_CONCURRENCY={given.workers} needs {need} MB of memory, the limit is {limit} MB")
+
+
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-    """Open what the service needs, such as a pool of connections, before the `with`, and close it after."""
-    with drain_on_sigterm(app):
-        yield
+    """Open what each process needs, such as a pool of connections, before these lines, and close it after them."""
+    ready_until_sigterm(app)
+    yield
 
 
 app = FastAPIOffline(title="Items", version="1.0.0", lifespan=lifespan, max_body_size=settings.max_body_bytes)
@@ -229,16 +182,17 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 
 
 # --- What every service answers ---
+app.state.ready = app.state.access_log = False
+
+
 @app.api_route("/livez", methods=["GET", "HEAD"], include_in_schema=False)
-async def livez() -> JSONResponse:  # as long as the event loop turns; where nothing answers, a restart helps
-    return JSONResponse({"live": True}, headers={"Cache-Control": "no-store"})
+async def livez() -> Response:  # as long as the event loop turns; where nothing answers, a restart helps
+    return Response(headers={"Cache-Control": "no-store"})
 
 
 @app.api_route("/readyz", methods=["GET", "HEAD"], include_in_schema=False)
-async def readyz() -> JSONResponse:  # while requests are welcome: from the end of start-up until SIGTERM
-    return JSONResponse(
-        {"ready": app.state.ready}, 200 if app.state.ready else 503, headers={"Cache-Control": "no-store"}
-    )
+async def readyz() -> Response:  # while requests are welcome: from the end of start-up until SIGTERM
+    return Response(status_code=200 if app.state.ready else 503, headers={"Cache-Control": "no-store"})
 
 
 @app.exception_handler(Exception)
@@ -246,54 +200,100 @@ async def internal_server_error(request: Request, error: Exception) -> JSONRespo
     return JSONResponse({"detail": "Internal Server Error"}, 500)
 
 
-app.state.ready = False
-service = RequestLog(app)
+async def service(scope: Scope, receive: Receive, send: Send) -> None:
+    """The app, seen from outside, where responses leave: the access log, instead of uvicorn's, by its switches."""
+    if scope["type"] == "lifespan" and not PLAIN:
+        uvicorns = logging.getLogger("uvicorn.access")
+        app.state.access_log = bool(uvicorns.handlers) and uvicorns.isEnabledFor(logging.INFO)
+        uvicorns.handlers.clear()
+    if scope["type"] != "http":
+        return await app(scope, receive, send)
+    started, status, size, complete = perf_counter(), 500, 0, False
+    if parent := b",".join(value for name, value in scope["headers"] if name == b"traceparent"):
+        context.attach(propagate.extract({"traceparent": parent.decode("latin-1")}, context.Context()))
+
+    async def observe(message: Message) -> None:
+        nonlocal status, size, complete
+        if message["type"] == "http.response.start":
+            status = message["status"]
+            if not app.state.ready:  # clients that keep connections open are to reconnect elsewhere
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+        elif message["type"] == "http.response.body":
+            size += len(message.get("body", b""))
+            complete = not message.get("more_body")
+        await send(message)
+        if complete:
+            log()
+
+    def log() -> None:
+        match = scope.get("fastapi", {}).get("effective_route_context") or scope.get("route")
+        route = getattr(match, "path_format", None)  # whole, where a router was included with a prefix
+        if not app.state.access_log or (status < 400 and route in PROBES):
+            return
+        fields = {
+            "http.request.method": scope["method"],
+            "url.scheme": scope["scheme"],
+            "url.path": scope["path"],
+            "http.route": route,
+            "http.response.status_code": status,
+            "http.response.body.size": 0 if scope["method"] == "HEAD" else size,
+            "http.server.request.duration": round(perf_counter() - started, 6),
+            "client.address": scope["client"] and scope["client"][0],
+        }
+        write_line("info", f"{scope['method']} {scope['path']} {status}", fields)
+
+    try:
+        await app(scope, receive, observe)
+    except Exception:
+        if not complete:
+            raise  # for uvicorn to log, and to close the connection: the client learns that the response broke off
+        logger.exception("Unhandled exception in %s %s", scope["method"], scope["path"])
+    finally:
+        if not complete:
+            log()
 
 
 # --- Running it: `python main.py`, on a host as in the image ---
-def pass_on_second_sigterm() -> None:
-    """Let a second SIGTERM reach the workers: uvicorn's parent, which waits for them after the first, is deaf to it."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer)
-
-    def pass_on() -> None:
-        for _ in range(2):
-            while os.read(reader, 1)[0] != signal.SIGTERM:
-                pass
-        for worker in multiprocessing.active_children():
-            worker.terminate()
-
-    threading.Thread(target=pass_on, daemon=True).start()
-
-
 # The documentation pages may use the inline scripts that they have, but load nothing from other hosts.
 HEADERS = ["X-Content-Type-Options:nosniff", "Content-Security-Policy:default-src 'self' 'unsafe-inline' data: blob:"]
-DEFAULTS = settings.model_dump() | {"headers": HEADERS, "server_header": False}
-OPTIONS = uvicorn.main.params[1:]  # all but the first, which is the app
+DEFAULTS = settings.model_dump() | {"headers": HEADERS, "server_header": False, "reset_contextvars": True}
+OPTIONS = [option for option in uvicorn.main.params if option.name not in {"app", "app_dir", "factory"}]
+OPTIONS += [click.Option(["--prestart"], is_flag=True, help="Run the steps before starting, and nothing else.")]
 
 
 @click.command(params=OPTIONS, context_settings={"auto_envvar_prefix": "UVICORN", "default_map": DEFAULTS})
-@click.pass_context
-def serve(command: click.Context, **options: Any) -> None:
+def serve(**options: Any) -> None:
     """Serve this service with uvicorn. Each option can also be set as UVICORN_<OPTION> in the environment."""
-    read_settings(options)  # an option has the same bounds as a variable
+    given = read_settings(settings.model_dump() | options, "--{}".format)  # the bounds of variables hold for options
+    if options.pop("prestart"):
+        return prestart(given)
+    LOGGING_CONFIG["root"]["level"] = given.log_level.upper()
+    log_config, headers = options["log_config"] or LOGGING_CONFIG, [h.split(":", 1) for h in options["headers"]]
+    options |= {"log_config": log_config, "headers": headers}
     if options["uds"] is None and options["fd"] is None:  # is the port free and allowed? uvicorn would not name it
         family = socket.AF_INET6 if ":" in options["host"] else socket.AF_INET
-        try:
-            socket.create_server((options["host"], options["port"]), family=family).close()
-        except OSError as error:
-            fail(f"PORT={options['port']}: {error.strerror}; choose another port or --host")
-    if options["reload"]:  # development: there is nobody to wait for
-        os.environ.setdefault("DRAIN_SECONDS", "0")
-    elif options["workers"] > 1:
-        pass_on_second_sigterm()
-    LOGGING_CONFIG["root"]["level"] = options["log_level"].upper()
-    command.invoke(uvicorn.main, app="__main__:service", **options)
+        socket.create_server((options["host"], options["port"]), family=family).close()
+    if given.workers == 1 or options["reload"] or options["uds"]:
+        return uvicorn.run("__main__:service", **options)
+    uvicorn.Config(service, **options).load()  # so that a mistake shows here, and not in each worker again and again
+    config = uvicorn.Config("__main__:service", **options)
+    parent = uvicorn.supervisors.Multiprocess(config, [config.bind_socket()])
+
+    def end(*_: Any) -> None:  # instead of uvicorn's handler, which is deaf to a second SIGTERM
+        for worker in multiprocessing.active_children() if parent.should_exit.is_set() else ():
+            os.kill(cast("int", worker.pid), signal.SIGINT)
+        parent.should_exit.set()
+
+    signal.signal(signal.SIGTERM, end)
+    parent.run()
+    sys.exit(any(worker.exitcode == 3 for worker in parent.processes))  # uvicorn's status of a start that failed
 
 
 if __name__ == "__main__":
     try:
         serve.main(standalone_mode=False)
-    except Exception as error:  # noqa: BLE001 — an option that click does not know, or that uvicorn cannot use
-        fail(error.format_message() if isinstance(error, click.ClickException) else str(error))
+    except click.ClickException as error:
+        sys.exit(error.format_message())
+    except Exception as error:  # noqa: BLE001 — what uvicorn cannot use, without the name of the option
+        variables = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("UVICORN_")]
+        sys.exit(f"{error}; started with {' '.join([f'PORT={settings.port}', *variables, *sys.argv[1:]])}")
