@@ -1199,11 +1199,12 @@ def test_container_is_healthy_while_it_serves(image):
 @pytest.mark.parametrize(("path", "status"), [("/readyz", 0), ("/livez", 1)])
 def test_container_is_healthy_if_livez_succeeds(image, variant, path, status):
     source = variant(f"""
+from fastapi import Request
 @app.middleware("http")
 async def refuse(request: Request, call_next: Any) -> Response:
     return Response(status_code=500) if request.url.path == "{path}" else await call_next(request)
 """)
-    with image.variant(source).container("--host", "::", ready=False) as container:
+    with image.variant(source).container(ready=False) as container:
         wait_until(lambda: any("Uvicorn running" in line["message"] for line in container.logs()), 20)
         command = [image.engine, "exec", container.id, *container.inspect("Config.Healthcheck.Test")[1:]]
         assert subprocess.run(command, capture_output=True, check=False).returncode == status

@@ -248,6 +248,7 @@ def test_compose_loses_no_request_when_it_is_under_load_and(event, stack):
 
 
 FATAL = """
+from fastapi import Request
 import time
 @app.post("/hang")
 async def hang():
