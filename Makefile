@@ -81,7 +81,7 @@ up: build ## Serve on this machine with HTTPS: replicas behind a proxy
 
 .PHONY: update
 update: build ## Put new replicas in the place of those that `make up` started, without losing a request
-	@$(COMPOSE) run --rm prestart
+	@$(COMPOSE) run --rm prestart </dev/null
 	@old=$$($(COMPOSE) ps --quiet service); \
 	$(COMPOSE) up --detach --wait --no-deps --no-recreate --scale service=$$((2 * $$(echo $$old | wc -w))) service && \
 	for id in $$old; do $(ENGINE) stop $$id && $(ENGINE) rm $$id; done >/dev/null

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from test_stack import RATE, Clients
 
 import main
 import test_main
@@ -191,23 +192,6 @@ def test_compose_asks_for_a_certificate_when_a_domain_is_set(image):
         assert '"domains":["example.org"]' in stack.compose("logs", "proxy")
 
 
-class Clients(Load):
-    """Clients of the proxy, who check every answer."""
-
-    def __init__(self, url: str, connections: int) -> None:
-        super().__init__(url, connections)
-        self.url = url
-
-    async def connection(self) -> None:
-        async with httpx.AsyncClient(verify=False, timeout=30) as client:
-            while not self.over:
-                response = await client.get(self.url + "/items/5?q=somequery")
-                if (response.status_code, response.text) == (200, '{"item_id":5,"q":"somequery"}'):
-                    self.answered += 1
-                else:
-                    self.lost.append(response)
-
-
 def restart(stack: Stack) -> None:
     replica = stack.containers("service")[0]
     run("docker", "restart", replica.id)
@@ -236,12 +220,12 @@ def test_compose_loses_no_request_when_it_is_under_load_and(event, stack):
     async def happen(load: Load) -> None:
         for action in (lambda _: None, event):
             await asyncio.to_thread(action, stack)
-            target = load.answered + 500
+            target = load.answered + RATE
             while load.answered < target:
                 await asyncio.sleep(0.02)
         load.over = True
 
-    load = Clients(stack.url, 8)
+    load = Clients(stack.url)
     asyncio.run(load.run(happen))
     print(f"{event.__name__}: {load.answered} requests answered, {len(load.lost)} lost")
     assert not load.lost
