@@ -125,7 +125,7 @@ test: .venv/ready ## Run all tests; those of the container where an engine answe
 .PHONY: lint
 lint: .venv/ready ## Check style, types, the Dockerfile and shell scripts
 	$(RUFF) check $(STYLE) . && $(RUFF) format $(STYLE) --check .
-	$(TY) check --python .venv --extra-search-path . .
+	$(TY) check --python .venv --extra-search-path . --extra-search-path deploy .
 	$(HADOLINT) Dockerfile bench/*/Dockerfile && $(SHELLCHECK) .ci/run
 
 .PHONY: lock
