@@ -9,6 +9,7 @@
 
 import asyncio
 import json
+import math
 import os
 import pty
 import re
@@ -847,6 +848,26 @@ def test_readme_lists_every_setting_with_its_default():
     assert rows == [((field.alias or name).upper(), str(field.default)) for name, field in fields]
 
 
+def test_readme_gives_the_figures_that_the_benchmark_found():
+    figures = json.loads((HERE / "bench/results.json").read_text())["figures"]
+    (rate, ready, later, start) = (
+        statistics.median(figures[measure]["this project"])
+        for measure in (
+            "requests per CPU second, /items/5?q=somequery, 64 connections",
+            "MB of memory when ready",
+            "MB of memory after 100,000 requests",
+            "CPU seconds to the first answer",
+        )
+    )
+    readme = (HERE / "README.md").read_text()
+    for figure in (f"{rate:,.0f}", f"{ready:.1f} MB", f"{later:.1f} MB", f"{start:.2f}"):
+        assert f"| {figure} |" in readme
+    rows = re.findall(r"^\| (\d+,000) \| (\d+) \|", readme, re.MULTILINE)
+    assert len(rows) == 3
+    for requests, replicas in rows:
+        assert int(replicas) == math.ceil(int(requests.replace(",", "")) / (0.7 * rate)) + 1
+
+
 # --- The image, on each Python that it can be built from; the first is the Dockerfile's own ---
 
 PYTHONS = ("3.15", "3.14")
@@ -1248,6 +1269,17 @@ def test_container_stops_cleanly_with_one_process_and_with_workers(image, worker
         messages = [line["message"] for line in container.logs()]
     assert (status, seconds < 5) == (0, True)
     assert sum(message.startswith("Finished server process") for message in messages) == workers
+
+
+@pytest.mark.parametrize("flags", [("--memory=128m",), ("--volume={limit}:/sys/fs/cgroup/memory.max:ro",)])
+def test_steps_before_starting_refuse_more_workers_than_the_memory_limit_holds(image, flags, tmp_path):
+    """As cgroup v1 or v2 tells it, whichever this host has, and as a file in the place of v2's."""
+    (limit := tmp_path / "memory.max").write_text("134217728\n")
+    command = (image.engine, "run", "--rm", *(flag.format(limit=limit) for flag in flags), image.name, "--prestart")
+    assert run(*command, "--workers", "2") == ""
+    result = subprocess.run([*command, "--workers", "4"], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (1, "")
+    assert json.loads(result.stdout)["message"] == "WEB_CONCURRENCY=4 needs 200 MB of memory, the limit is 134 MB"
 
 
 def test_container_restarts_after_its_process_was_killed(image):

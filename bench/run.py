@@ -78,7 +78,7 @@ class Extent:
 
 
 FULL = Extent(5, 4, (OURS, GUIDE, BARE, ASGI), ((ROOT, 1), (ROOT, 64), (ITEM, 1), (ITEM, 64)), 100_000, 1)
-SHORT = Extent(2, 2, (OURS, GUIDE, BARE), ((ITEM, 64),), 0, 1.1)
+SHORT = Extent(2, 2, (OURS, GUIDE, BARE), ((ITEM, 64),), 0, 1.4)
 
 
 class Goal(NamedTuple):
