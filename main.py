@@ -44,7 +44,7 @@ class Settings(BaseModel, frozen=True, validate_by_name=True):
     # Outlasts the 60 s of load balancers, since who closes first loses requests. The next two end before the last.
     timeout_keep_alive: int = Field(75, ge=1, description="seconds for which an idle connection is kept open")
     drain_seconds: float = Field(3 * ("--reload" not in sys.argv), ge=0, le=3600, description="seconds after SIGTERM")
-    timeout_graceful_shutdown: int = Field(5, ge=0, description="seconds that requests then get to finish")
+    timeout_graceful_shutdown: int = Field(5, ge=0, le=3600, description="seconds that requests then get to finish")
     stop_seconds: int = Field(10, ge=1, description="seconds from SIGTERM to SIGKILL, which whoever stops it decides")
 
 
@@ -75,16 +75,15 @@ def encode(level: str, message: str, fields: dict[str, Any]) -> bytes:
 
 
 def write(lines: list[bytes]) -> None:
-    """Take all lines and write them to standard output, eight at a time, which a pipe keeps together."""
+    """Take all lines and write them to standard output."""
+    batch = max(1, 4096 // max(map(len, lines), default=1))  # a pipe keeps 4096 bytes together, beside other writers
     while lines:
         with suppress(OSError):  # a reader that has gone away ends the log, not the service
-            os.write(1, b"".join(lines[:8]))
-        del lines[:8]
+            os.write(1, b"".join(lines[:batch]))
+        del lines[:batch]
 
 
-class JsonHandler(logging.Handler):
-    """Writes a log record, with what `extra=` adds to it and the exception it carries."""
-
+class JsonHandler(logging.Handler):  # writes a record with what `extra=` adds to it and the exception it carries
     def emit(self, record: logging.LogRecord) -> None:
         try:
             fields = {"logger": record.name} | {k: v for k, v in vars(record).items() if k not in STANDARD}
@@ -94,12 +93,10 @@ class JsonHandler(logging.Handler):
             fields |= {"code.stacktrace": record.stack_info} if record.stack_info else {}
             write([encode(record.levelname.lower(), record.getMessage().strip(), fields)])
         except Exception as error:  # noqa: BLE001 — of the call that logs, as when its arguments do not fit its text
-            write([encode("error", f"Cannot log {vars(record)}: {error!r}", {})])
+            write([encode("error", f"Cannot log {record.msg!r} of {record.pathname}:{record.lineno}: {error!r}", {})])
 
 
-class PrintLog(io.BytesIO):
-    """Lies below sys.stdout and sys.stderr, so that what anyone prints becomes log lines, too."""
-
+class PrintLog(io.BytesIO):  # below sys.stdout and sys.stderr, so that what anyone prints becomes log lines, too
     def write(self, data: Any) -> int:
         lines = filter(str.strip, bytes(data).decode(errors="backslashreplace").split("\n"))
         write([encode("error" if self is sys.stderr.buffer else "info", line, {"logger": "print"}) for line in lines])
@@ -117,7 +114,7 @@ if __name__ in {"__main__", "__mp_main__"}:  # this process and its workers, not
         sys.stdout, sys.stderr = (io.TextIOWrapper(PrintLog(), "utf-8", "replace", line_buffering=True) for _ in "12")
     logging.config.dictConfig(LOGGING_CONFIG)  # as uvicorn will do, in each of its processes
     logging.getLogger("uvicorn.access").addFilter(lambda line: not line.getMessage().endswith(PROBED))
-settings = read_settings({name.lower(): value for name, value in os.environ.items() if value}, str.upper)
+settings = read_settings({k.lower(): v for k, v in os.environ.items() if v and k != "WORKERS"}, str.upper)
 
 
 # --- The life of a process ---
@@ -125,18 +122,17 @@ def ready_until_sigterm(app: FastAPI) -> None:
     """From SIGTERM to uvicorn's shutdown, be unready but serve, until load balancers have looked elsewhere."""
     loop = asyncio.get_running_loop()
 
-    def drain(shut_down: Any) -> None:
+    def drain(*_: Any) -> None:  # in the handler itself, so that a blocked loop is ended, too
         if not app.state.ready and multiprocessing.parent_process():
             return  # sent to the whole group, it comes from the parent, too; whose impatience is a SIGINT
-        delay = settings.drain_seconds if app.state.ready else 0  # a second SIGTERM is impatient
-        limit = delay + (shut_down.__self__.config.timeout_graceful_shutdown or 0) + 1  # ends blocked threads
-        app.state.ready = False
+        delay, app.state.ready = settings.drain_seconds * app.state.ready, False  # a second SIGTERM is impatient
+        limit = delay + (cast("Any", uvicorns).__self__.config.timeout_graceful_shutdown or 0) + 1
         logger.info("Shutting down in %g s, by force in %g s", delay, limit)
         faulthandler.dump_traceback_later(limit, exit=True, file=os.open(os.devnull, os.O_WRONLY))
-        loop.call_later(delay, shut_down, signal.SIGTERM, None)
+        loop.call_soon_threadsafe(loop.call_later, delay, uvicorns, signal.SIGTERM, None)
 
     if callable(uvicorns := signal.getsignal(signal.SIGTERM)):  # there is none where a test runs without a server
-        signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(drain, uvicorns))
+        signal.signal(signal.SIGTERM, drain)
     app.state.ready = True
 
 
@@ -145,7 +141,7 @@ def prestart(given: Settings) -> None:
     """Steps before starting: `python main.py --prestart`, once for all replicas. Yours go to its end."""
     if (stop := given.drain_seconds + given.timeout_graceful_shutdown + 1) >= given.stop_seconds:
         sys.exit(f"STOP_SECONDS={given.stop_seconds}: must exceed the {stop:g} s of drain, graceful shutdown and 1")
-    need = 40 * (given.workers + (given.workers > 1))  # MB of each process when ready, a parent included
+    need = 40 * (given.workers + (given.workers > 1))  # MB that each process adds, a parent included
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroup v2 and v1
         with suppress(OSError, ValueError):  # the other version; "max"
             if need > (limit := int(Path(file).read_text()) // 1_000_000):
@@ -255,8 +251,8 @@ async def service(scope: Scope, receive: Receive, send: Send) -> None:
 
 # --- Running it: `python main.py`, on a host as in the image ---
 CSP = "default-src 'self' 'unsafe-inline' data: blob:"  # what the documentation pages need, and no other host
-HEADERS = ["X-Content-Type-Options:nosniff", f"Content-Security-Policy:{CSP}"]
-DEFAULTS = settings.model_dump() | {"headers": HEADERS, "server_header": False, "reset_contextvars": True}
+HEADERS = [["X-Content-Type-Options", "nosniff"], ["Content-Security-Policy", CSP]]
+DEFAULTS = settings.model_dump() | {"server_header": False, "reset_contextvars": True}
 OPTIONS = [option for option in uvicorn.main.params if option.name not in {"app", "app_dir", "factory"}]
 OPTIONS += [click.Option(["--prestart"], is_flag=True, help="Run the steps before starting, and nothing else.")]
 
@@ -264,12 +260,12 @@ OPTIONS += [click.Option(["--prestart"], is_flag=True, help="Run the steps befor
 @click.command(params=OPTIONS, context_settings={"auto_envvar_prefix": "UVICORN", "default_map": DEFAULTS})
 def serve(**options: Any) -> None:
     """Serve this service with uvicorn. Each option can also be set as UVICORN_<OPTION> in the environment."""
-    given = read_settings(settings.model_dump() | options, "--{}".format)  # the bounds of variables hold for options
+    given = read_settings(settings.model_dump() | options, lambda name: f"--{name.replace('_', '-')}")
     if options.pop("prestart"):
         return prestart(given)
     LOGGING_CONFIG["root"]["level"] = given.log_level.upper()
-    log_config, headers = options["log_config"] or LOGGING_CONFIG, [h.split(":", 1) for h in options["headers"]]
-    options |= {"log_config": log_config, "headers": headers}
+    options["headers"] = HEADERS + [header.split(":", 1) for header in options["headers"]]
+    options["log_config"] = options["log_config"] or LOGGING_CONFIG
     if options["uds"] is None and options["fd"] is None:  # is the port free and allowed? uvicorn would not name it
         family = socket.AF_INET6 if ":" in options["host"] else socket.AF_INET
         socket.create_server((options["host"], options["port"]), family=family).close()
@@ -280,9 +276,10 @@ def serve(**options: Any) -> None:
     team = uvicorn.supervisors.Multiprocess(config, [config.bind_socket()])
 
     def end(*_: Any) -> None:  # instead of uvicorn's handler, which is deaf to a second SIGTERM
-        for worker in multiprocessing.active_children() if team.should_exit.is_set() else ():
+        again = team.should_exit.is_set() or signal.SIGTERM in team.signal_queue
+        for worker in multiprocessing.active_children() if again else ():
             os.kill(cast("int", worker.pid), signal.SIGINT)
-        team.should_exit.set()
+        team.signal_queue.append(signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, end)
     team.run()
@@ -294,6 +291,8 @@ if __name__ == "__main__":
         serve.main(standalone_mode=False)
     except click.ClickException as error:
         sys.exit(error.format_message())
-    except Exception as error:  # noqa: BLE001 — what uvicorn cannot use, without the name of the option
-        variables = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("UVICORN_")]
-        sys.exit(f"{error}; started with {' '.join([f'PORT={settings.port}', *variables, *sys.argv[1:]])}")
+    except Exception as error:  # what uvicorn cannot use, but does not name; a step before starting speaks for itself
+        if "--prestart" in sys.argv:
+            raise
+        names = [word.partition("=")[0] for word in (*os.environ, *sys.argv) if word.startswith(("UVICORN_", "--"))]
+        sys.exit(f"{error}; to be mended in one of: {', '.join(['PORT', *names])}")
