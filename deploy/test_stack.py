@@ -30,8 +30,9 @@ class Clients(Load):
         while not self.over:
             start = time.monotonic()
             writer.write(b"GET /items/5?q=somequery HTTP/1.1\r\nHost: test\r\n\r\n")
-            head = await reader.readuntil(b"\r\n\r\n")
-            body = await reader.readexactly(int(head.partition(b"Content-Length: ")[2].split()[0]))
+            async with asyncio.timeout(30):
+                head = await reader.readuntil(b"\r\n\r\n")
+                body = await reader.readexactly(int(head.partition(b"Content-Length: ")[2].split()[0]))
             if (head[:12], body) == (b"HTTP/1.1 200", b'{"item_id":5,"q":"somequery"}'):
                 self.answered += 1
             else:
