@@ -10,6 +10,7 @@ import io
 import logging.config
 import multiprocessing
 import os
+import reprlib
 import signal
 import socket
 import sys
@@ -30,7 +31,7 @@ from opentelemetry import context, propagate, trace
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
 from starlette.types import Message, Receive, Scope, Send
-from uvicorn.config import LOGGING_CONFIG
+from uvicorn.config import LOGGING_CONFIG, STARTUP_FAILURE
 
 
 # --- Settings ---
@@ -39,7 +40,7 @@ class Settings(BaseModel, frozen=True, validate_by_name=True):
 
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one")
     log_level: Literal["critical", "error", "warning", "info", "debug", "trace"] = Field("info", description="severity")
-    workers: int = Field(1, ge=1, alias="web_concurrency", description="processes that serve")
+    workers: int = Field(1, ge=1, alias="web_concurrency", description="processes that serve")  # WORKERS is not read
     max_body_bytes: int = Field(1_048_576, ge=0, description="bytes of the largest request body; beyond it: 413")
     # Outlasts the 60 s of load balancers, since who closes first loses requests. The next two end before the last.
     timeout_keep_alive: int = Field(75, ge=1, description="seconds for which an idle connection is kept open")
@@ -93,7 +94,8 @@ class JsonHandler(logging.Handler):  # writes a record with what `extra=` adds t
             fields |= {"code.stacktrace": record.stack_info} if record.stack_info else {}
             write([encode(record.levelname.lower(), record.getMessage().strip(), fields)])
         except Exception as error:  # noqa: BLE001 — of the call that logs, as when its arguments do not fit its text
-            write([encode("error", f"Cannot log {record.msg!r} of {record.pathname}:{record.lineno}: {error!r}", {})])
+            call = f"{record.pathname}:{record.lineno} {record.msg!r} % {reprlib.repr(record.args)}"
+            write([encode("error", f"Cannot log {call}: {error!r}", {})])
 
 
 class PrintLog(io.BytesIO):  # below sys.stdout and sys.stderr, so that what anyone prints becomes log lines, too
@@ -138,7 +140,7 @@ def ready_until_sigterm(app: FastAPI) -> None:
 
 # --- The service: this part is yours ---
 def prestart(given: Settings) -> None:
-    """Steps before starting: `python main.py --prestart`, once for all replicas. Yours go to its end."""
+    """Steps before starting: `python main.py --prestart`, before replicas. Yours go to its end, fit to be repeated."""
     if (stop := given.drain_seconds + given.timeout_graceful_shutdown + 1) >= given.stop_seconds:
         sys.exit(f"STOP_SECONDS={given.stop_seconds}: must exceed the {stop:g} s of drain, graceful shutdown and 1")
     need = 40 * (given.workers + (given.workers > 1))  # MB that each process adds, a parent included
@@ -252,7 +254,7 @@ async def service(scope: Scope, receive: Receive, send: Send) -> None:
 # --- Running it: `python main.py`, on a host as in the image ---
 CSP = "default-src 'self' 'unsafe-inline' data: blob:"  # what the documentation pages need, and no other host
 HEADERS = [["X-Content-Type-Options", "nosniff"], ["Content-Security-Policy", CSP]]
-DEFAULTS = settings.model_dump() | {"server_header": False, "reset_contextvars": True}
+DEFAULTS = settings.model_dump() | {"server_header": False, "reset_contextvars": True}  # no trace of an earlier request
 OPTIONS = [option for option in uvicorn.main.params if option.name not in {"app", "app_dir", "factory"}]
 OPTIONS += [click.Option(["--prestart"], is_flag=True, help="Run the steps before starting, and nothing else.")]
 
@@ -282,8 +284,7 @@ def serve(**options: Any) -> None:
         team.signal_queue.append(signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, end)
-    team.run()
-    sys.exit(any(worker.exitcode == 3 for worker in team.processes))  # uvicorn's status of a start that failed
+    sys.exit(team.run() or any(worker.exitcode == STARTUP_FAILURE for worker in team.processes))
 
 
 if __name__ == "__main__":
