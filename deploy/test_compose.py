@@ -17,7 +17,7 @@ import main
 import test_main
 from test_main import HERE, Container, Load, free_port, run, wait_until
 
-engine, variant = test_main.engine, test_main.variant
+pytest_plugins = ("test_main",)  # for its fixtures
 globals().update({name: value for name, value in vars(test_main).items() if name.startswith("test_contract_")})
 
 COMPOSE = Path(__file__).with_name("compose.yaml")
@@ -205,18 +205,16 @@ def kill(stack: Stack) -> None:
     wait_until(lambda: replica.inspect("RestartCount") and replica.healthy(), 20)
 
 
-def replace(stack: Stack) -> None:
-    """Put new replicas beside the old ones, then take these away one by one: how to update without a pause."""
-    old = [replica.id for replica in stack.containers("service")]
-    stack.compose("up", "--detach", "--wait", "--no-deps", "--no-recreate", "--scale", "service=4", "service")
-    for id_ in old:
-        run("docker", "stop", id_)
-        run("docker", "rm", id_)
-    assert len(stack.containers("service")) == 2
+def update(stack: Stack) -> None:
+    old = {replica.id for replica in stack.containers("service")}
+    knobs = ("ENGINE=docker", f"IMAGE={stack.image}", f"NAME={stack.project}")
+    run("make", "update", *knobs, cwd=HERE, env=stack.environment)
+    new = {replica.id for replica in stack.containers("service")}
+    assert (len(new), old & new) == (2, set())
 
 
 @pytest.mark.parametrize("stack", [""], indirect=True)
-@pytest.mark.parametrize("event", [kill, replace, restart])
+@pytest.mark.parametrize("event", [kill, update, restart])
 def test_compose_loses_no_request_when_it_is_under_load_and(event, stack):
     async def happen(load: Load) -> None:
         for action in (lambda _: None, event):

@@ -86,11 +86,6 @@ def kubelet(probe: dict, url: str) -> bool:
     return False
 
 
-def limit(probe: dict) -> int:
-    """The longest that a kubelet looks on."""
-    return probe["periodSeconds"] * probe["failureThreshold"]
-
-
 def said(text: str) -> bool:
     return any(text in line["message"] for line in CONTAINER.logs())
 
@@ -119,13 +114,6 @@ def test_manifest_refers_to_nothing_that_it_lacks(documents, service, environmen
     assert rule["http"]["paths"][0]["backend"]["service"] == {"name": NAME, "port": {"name": "http"}}
     assert service["ports"] == [{"name": "http", "containerPort": int(environment["PORT"])}]
     assert service["image"].endswith(f":{main.app.version}")
-
-
-def test_timeouts_of_the_manifest_fit_into_each_other(pod, service, environment):
-    settings = main.Settings.model_validate({name.lower(): value for name, value in environment.items()})
-    assert settings.stop_seconds == pod["terminationGracePeriodSeconds"]  # into which the rest fits, says --prestart
-    assert limit(service["readinessProbe"]) < settings.drain_seconds
-    assert limit(service["livenessProbe"]) < limit(service["startupProbe"])
 
 
 # --- The pod ---
