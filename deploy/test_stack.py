@@ -93,6 +93,7 @@ def stack(engine):
     if alone := run("docker", "info", "--format", "{{.Swarm.LocalNodeState}}") == "inactive":
         run("docker", "swarm", "init", "--advertise-addr=127.0.0.1", "--listen-addr=127.0.0.1")
     stack = Stack(Image(engine, PYTHONS[0], NAME))
+    run("docker", "stack", "rm", "--detach=false", NAME)  # what a run that was cut off has left
     try:
         stack.deploy()
         wait_until(lambda: stack.get("/livez").status_code == 200, 20)
