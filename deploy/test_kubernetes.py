@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 import main
-from test_main import HERE, PYTHONS, UV, Container, Image, answers, free_port, run, wait_until
+from test_main import HERE, LIFESPAN, PYTHONS, UV, Container, Image, answers, free_port, run, wait_until
 
 pytest_plugins = ["test_main"]  # for its fixtures
 MANIFEST = Path(__file__).with_name("kubernetes.yaml")
@@ -152,11 +152,10 @@ def test_startup_probe_waits_longer_than_the_liveness_probe_would(play, service)
 @asynccontextmanager
 async def slow(app: FastAPI) -> AsyncGenerator[None]:
     await asyncio.sleep(15)
-    async with lifespan(app):
-        yield
+    yield
 app.router.lifespan_context = slow
 """
-    with play(slow) as url, ThreadPoolExecutor() as pool:
+    with play(LIFESPAN + slow) as url, ThreadPoolExecutor() as pool:
         alive = pool.submit(kubelet, service["livenessProbe"], url)
         assert kubelet(service["startupProbe"], url)
         assert not alive.result()
