@@ -17,11 +17,12 @@ RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=requirem
     pip install --no-compile --require-hashes --requirement /requirements.txt
 
 # FastAPI's own stack and the standard library import lazily, everything else (main.py, your packages) as written:
-# so an import that fails does so before the service is ready.
+# so an import that fails does so before the service is ready. OpenTelemetry, too, is of the rest: its modules for
+# protobuf import others for what these register.
 COPY <<EOF /tmp/sitecustomize.py
 import sys
 
-STACK = {"anyio", "click", "fastapi", "fastapi_offline", "opentelemetry", "pydantic", "starlette", "uvicorn"}
+STACK = {"anyio", "click", "fastapi", "fastapi_offline", "pydantic", "starlette", "uvicorn"}
 if sys.version_info >= (3, 15):
     sys.set_lazy_imports_filter(lambda importer, *_: importer.split(".")[0] in STACK | sys.stdlib_module_names)
     sys.set_lazy_imports("all")
