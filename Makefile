@@ -6,6 +6,8 @@ PORT      ?= 8000
 URL       ?= http://127.0.0.1:$(PORT)
 PYTHON    ?=
 LOCK      ?= requirements.txt
+PLATFORMS ?= linux/amd64,linux/arm64
+ATTEST    ?= --provenance=mode=max --sbom=true
 RUN_FLAGS ?= --read-only --cap-drop ALL --security-opt no-new-privileges --memory 128m --pids-limit 64 \
              --restart unless-stopped --sysctl net.ipv4.ip_unprivileged_port_start=0
 
@@ -28,6 +30,11 @@ LABELS = version=$(VERSION) revision=$(shell git rev-parse HEAD) \
          base.digest=$(shell $(ENGINE) image inspect --format '{{index .RepoDigests 0}}' $(BASE) | cut -d@ -f2)
 BUILD  = SOURCE_DATE_EPOCH=$(shell git log -1 --format=%ct) $(ENGINE) build $(if $(PYTHON),--build-arg PYTHON=$(PYTHON)) \
          $(addprefix --label org.opencontainers.image.,$(LABELS)) $(if $(findstring podman,$(ENGINE)),--format docker)
+
+# What a release pushes, and the digests of its images, without those of what attests them, which holds the time.
+PUSH   = type=image,name=$(IMAGE),oci-mediatypes=true,rewrite-timestamp=true,push-by-digest=true,push=true
+DIGEST = $(IMAGE)@$$(sed -n 's/.*"containerimage.digest": "\(.*\)".*/\1/p' .venv/$$try.json)
+IMAGES = {{range .Manifest.Manifests}}{{if ne .Platform.OS "unknown"}}{{println .Platform.Architecture .Digest}}{{end}}{{end}}
 
 # Whether what `make run` started is up, in a container and on a host.
 HEALTHY = $(if $(findstring podman,$(ENGINE)),podman healthcheck run $(NAME),\
@@ -118,6 +125,14 @@ bench: engine .venv/ready ## Measure the image beside the container of FastAPI's
 reproduce: base .venv/ready ## Build the image twice from nothing and compare the two, bit by bit
 	@for try in 1 2; do $(BUILD) --quiet --no-cache --provenance=false --output type=oci,dest=.venv/$$try.tar,rewrite-timestamp=true .; done
 	@cmp .venv/1.tar .venv/2.tar && echo "The two builds are identical."; status=$$?; rm .venv/?.tar; exit $$status
+
+.PHONY: release
+release: base .venv/ready ## Build twice from nothing for PLATFORMS, compare, push to IMAGE without a tag, print the digest
+	@test "$$TAG" = "v$(VERSION)" || { echo "TAG=$$TAG: the version in main.py is $(VERSION), so the tag must be v$(VERSION)."; exit 1; }
+	@for try in 1 2; do \
+	    $(BUILD) --no-cache --platform $(PLATFORMS) $(ATTEST) --metadata-file .venv/$$try.json --output $(PUSH) . && \
+	    $(ENGINE) buildx imagetools inspect --format '$(IMAGES)' $(DIGEST) >.venv/$$try.txt || exit; done
+	@cmp .venv/1.txt .venv/2.txt && try=1 && echo $(DIGEST)
 
 .PHONY: dev
 dev: .venv/ready ## Serve main.py on this host, and again after each change
