@@ -6,6 +6,7 @@ PORT      ?= 8000
 URL       ?= http://127.0.0.1:$(PORT)
 PYTHON    ?=
 LOCK      ?= requirements.txt
+TESTS     ?= test_main.py deploy
 PLATFORMS ?= linux/amd64,linux/arm64
 ATTEST    ?= --provenance=mode=max --sbom=true
 RUN_FLAGS ?= --read-only --cap-drop ALL --security-opt no-new-privileges --memory 128m --pids-limit 64 \
@@ -141,7 +142,7 @@ dev: .venv/ready ## Serve main.py on this host, and again after each change
 
 .PHONY: test
 test: .venv/ready ## Run all tests; those of the container where an engine answers, or ENGINE insists on one
-	@.venv/bin/python -m pytest -W error -p no:cacheprovider -rs test_main.py deploy
+	@.venv/bin/python -m pytest -W error -p no:cacheprovider -rs $(TESTS)
 
 .PHONY: lint
 lint: .venv/ready ## Check style, types, the Dockerfile, shell scripts and workflows
