@@ -122,10 +122,9 @@ def prestart() -> None:
     """Steps before starting: `python main.py --prestart`, before replicas. Yours go to its end, fit to be repeated."""
     if (stop := settings.drain_seconds + settings.timeout_graceful_shutdown + 1) >= settings.stop_seconds:
         sys.exit(f"STOP_SECONDS={settings.stop_seconds}: must exceed the {stop:g} s of drain, graceful shutdown and 1")
-    need = 40 * (settings.workers + (settings.workers > 1))  # MB that each process adds, a parent included
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroup v2 and v1
         with suppress(OSError, ValueError), open(file) as text:  # the other version; "max"
-            if need > (limit := int(text.read()) // 1_000_000):
+            if (need := 40 * (settings.workers + (settings.workers > 1))) > (limit := int(text.read()) // 1_000_000):
                 sys.exit(f"WEB_CONCURRENCY={settings.workers} needs {need} MB of memory, the limit is {limit} MB")
 
 
@@ -160,12 +159,14 @@ ACCESS_LINES: list[bytes] = []
 
 async def service(scope: Scope, receive: Receive, send: Send) -> None:
     """The app, seen from outside: probes, overload, and the access log, instead of uvicorn's, by its switches."""
-    started, status, size, complete = perf_counter(), 500, 0, False
+    if parent := b",".join(value for name, value in scope.get("headers", ()) if name == b"traceparent"):
+        context.attach(propagate.extract({"traceparent": parent.decode("latin-1")}, context.Context()))
+    started, status, size, complete, inside = perf_counter(), 500, 0, False, context.get_current()
 
     async def observe(message: Message) -> None:
-        nonlocal status, size, complete
+        nonlocal status, size, complete, inside
         if message["type"] == "http.response.start":
-            status = message["status"]
+            status, inside = message["status"], context.get_current()  # which has the span that telemetry exports
             if not app.state.ready:  # clients that keep connections open are to reconnect elsewhere
                 message["headers"] = [*message["headers"], (b"connection", b"close")]
         elif message["type"] == "http.response.body":
@@ -192,8 +193,6 @@ async def service(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] != "http":
         await app(scope, receive, observe)
         return write(ACCESS_LINES)
-    if parent := b",".join(value for name, value in scope["headers"] if name == b"traceparent"):
-        context.attach(propagate.extract({"traceparent": parent.decode("latin-1")}, context.Context()))
     answer, path = cast("ASGIApp", app), scope["path"].removeprefix(scope["root_path"])
     if path in PROBES and scope["method"] in {"GET", "HEAD"}:  # ready from the end of start-up until SIGTERM
         answer = Response(None, 200 if app.state.ready or path == "/livez" else 503, {"Cache-Control": "no-store"})
@@ -202,6 +201,7 @@ async def service(scope: Scope, receive: Receive, send: Send) -> None:
     try:
         await answer(scope, receive, observe)
     except Exception:
+        context.attach(inside)
         if not complete:
             raise  # for uvicorn to log, and to close the connection: the client learns that the response broke off
         logger.exception("Unhandled exception in %s %s", scope["method"], scope["path"])
