@@ -214,7 +214,7 @@ async def service(scope: Scope, receive: Receive, send: Send) -> None:
 class Http(HttpToolsProtocol):  # with an end to how large a request's head is, how long it takes, how many there are
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        if self.client:  # over TCP; the kernel closes the connections of those who do not read
+        if self.client and sys.platform == "linux":  # over TCP; the kernel closes connections of those who do not read
             transport.get_extra_info("socket").setsockopt(6, socket.TCP_USER_TIMEOUT, 1000 * self.timeout_keep_alive)
         self.size, self.access_log = 0, PLAIN and self.access_log  # bytes of a head that is not complete
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
