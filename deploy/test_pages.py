@@ -62,6 +62,7 @@ def visit(engine, tmp_path_factory):
     routes.chmod(0o644)
     start = (engine, "run", "--detach", f"--network={NAME}", "--network-alias")
     beside = (engine, "run", "--rm", f"--network={NAME}", "--shm-size=256m", f"{NAME}:browser")
+    ask = (*beside, "curl", "--silent", "--fail", "--retry", "60", "--retry-delay", "1", "--retry-all-errors")
     proxy = ("traefik:v3", "--entrypoints.http.address=:80", "--providers.file.filename=/routes.yaml")
 
     def visit(site: str, page: str, code: str) -> dict:
@@ -81,7 +82,7 @@ def visit(engine, tmp_path_factory):
         run(*start, "prefixed", f"--name={NAME}-prefixed", service, "--root-path", "/api")
         run(*start, "proxy", f"--name={NAME}-proxy", f"--volume={routes}:/routes.yaml:ro", *proxy)
         for site in SITES:
-            run(*beside, *"curl --silent --fail --retry 60 --retry-delay 1 --retry-all-errors".split(), f"{site}/readyz")
+            run(*ask, f"{site}/readyz")
         yield visit
     finally:
         run("sh", "-c", clean)
