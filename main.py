@@ -232,7 +232,7 @@ class Http(HttpToolsProtocol):  # with an end to how large a request's head is, 
             idle.cancel()
 
     def on_headers_complete(self) -> None:
-        if max(len(self.headers), len(self.pipeline)) > 100:
+        if max(len(self.headers), len(self.pipeline)) > 100 or not self.url.isascii():
             raise ValueError  # which is answered with 400, as what cannot be parsed
         cast("Any", self.scope)["busy"] = len(self.tasks) >= settings.max_concurrency
         super().on_headers_complete()

@@ -1,0 +1,232 @@
+"""What hostile clients get: an answer of the 4xx kind or the end of their connection, in time, while others are served."""
+
+import asyncio
+import re
+import socket
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from itertools import repeat
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from test_main import PYTHONS, UV, Container, run, wait_until
+
+pytest_plugins = ("test_main",)  # for its fixtures
+pytestmark = pytest.mark.parametrize("image", PYTHONS[:1], indirect=True)
+SCHEMATHESIS = "schemathesis@4.32.5"
+SECONDS = 2  # TIMEOUT_KEEP_ALIVE, in which a connection has to bring a whole request
+GET = b"GET /items/5?q=somequery HTTP/1.1\r\nHost: test\r\n"
+CHUNKED = b"POST /items/5 HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n"
+
+
+@pytest.fixture(scope="module")
+def container(image):
+    with image.container(flags=(f"--env=TIMEOUT_KEEP_ALIVE={SECONDS}",)) as container:
+        httpx.get(f"{container.url}/docs")
+        yield container
+
+
+def connect(container: Container) -> socket.socket:
+    return socket.create_connection((urlsplit(container.url).hostname, 80), timeout=SECONDS + 5)
+
+
+def talk(container: Container, *data: bytes | Iterator[bytes]) -> tuple[list[int], float]:
+    """The statuses of the answers to what is sent, and the seconds until the connection's end."""
+    start, answers = time.monotonic(), b""
+    with connect(container) as connection, ThreadPoolExecutor() as pool:
+
+        def send() -> None:
+            with suppress(OSError):
+                for piece in data:
+                    for part in [piece] if isinstance(piece, bytes) else piece:
+                        connection.sendall(part)
+
+        sent = pool.submit(send)
+        with suppress(ConnectionResetError):
+            while piece := connection.recv(65536):
+                answers += piece
+        seconds = time.monotonic() - start
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        sent.result()
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", answers)], seconds
+
+
+def drip() -> Iterator[bytes]:
+    for byte in GET:
+        time.sleep(0.3)  # a client that is never idle for long
+        yield bytes([byte])
+
+
+CASES = {
+    "a header of 1 MB": ([GET, b"X: ", b"x" * 2**20, b"\r\n\r\n"], [400]),
+    "10,000 headers": ([GET, b"X: x\r\n" * 10_000, b"\r\n"], [400]),
+    "a request line of 1 MB": ([b"GET /", b"x" * 2**20, b" HTTP/1.1\r\n\r\n"], [400]),
+    "a header without end": ([GET, b"X: ", repeat(b"x" * 65536)], [400]),
+    "10,000 requests at once": ([(GET + b"\r\n") * 10_000], [400]),
+    "Transfer-Encoding with Content-Length": ([CHUNKED, b"Content-Length: 3\r\n\r\n0\r\n\r\n"], [400]),
+    "more than announced": ([GET, b"Content-Length: 3\r\n\r\nabcdefgh"], [400]),
+    "a null byte in the path": ([b"GET /items/\0 HTTP/1.1\r\nHost: test\r\n\r\n"], [400]),
+    "a null byte in a header": ([GET, b"X: a\0b\r\n\r\n"], [400]),
+    "invalid UTF-8 in the path": ([b"GET /items/\xff HTTP/1.1\r\nHost: test\r\n\r\n"], [400]),
+    "invalid UTF-8 in the query": ([b"GET /items/5?q=\xff HTTP/1.1\r\nHost: test\r\n\r\n"], [400]),
+    "invalid escapes": ([b"GET /items/%ff%zz HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"], [422]),
+    "an escaped null byte": ([b"GET /items/%00 HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"], [422]),
+    "an integer of 10,000 digits": ([b"GET /items/", b"9" * 10_000, b" HTTP/1.1\r\nHost: test\r\n\r\n"], [422]),
+    "random bytes": ([bytes(range(256)) * 4], [400]),
+    "TLS": ([b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(502)], [400]),
+    "CONNECT": ([b"CONNECT test:80 HTTP/1.1\r\nHost: test\r\n\r\n"], [400]),
+    "silence": ([], []),
+    "half a head, then silence": ([GET], []),
+    "half a head, byte by byte": ([drip()], []),
+    "half a body, then silence": ([b"POST /items/5 HTTP/1.1\r\nHost: test\r\nContent-Length: 9\r\n\r\nabc"], [405]),
+    "a body without end": ([CHUNKED, b"\r\n", repeat(b"10000\r\n" + b"x" * 65536 + b"\r\n")], [405]),
+    "a trailer without end": ([CHUNKED, b"\r\n0\r\nX: ", (b"x" for _ in iter(lambda: time.sleep(0.01), 0))], [405]),
+}
+
+
+@pytest.mark.parametrize(("data", "statuses"), CASES.values(), ids=CASES)
+def test_client_gets_a_refusal_or_its_end_in_time(container, data, statuses):
+    answers, seconds = talk(container, *data)
+    assert answers == statuses
+    assert seconds < SECONDS + 1
+
+
+def test_requests_in_a_pipeline_are_answered_in_order(container):
+    requests = [b"GET /items/%d HTTP/1.1\r\nHost: test\r\n\r\n" % number for number in range(50)]
+    with connect(container) as connection, connection.makefile("rb") as answers:
+        connection.sendall(b"".join(requests))
+        bodies = [
+            line for line in answers if line.startswith(b'{"item_id"')
+        ]  # an answer's last line, and the next's first
+    found = [int(number) for body in bodies for number in re.findall(rb'"item_id":(\d+)', body)]
+    assert found == [*range(50)]
+
+
+def test_slow_clients_keep_nobody_from_being_served_and_are_closed_in_time(container):
+    with ExitStack() as stack, httpx.Client(base_url=container.url) as client:
+        slow = [stack.enter_context(connect(container)) for _ in range(500)]
+        for connection in slow:
+            connection.sendall(GET)
+        start = time.monotonic()
+        times = [client.get("/items/5").elapsed.total_seconds() for _ in range(200)]
+        assert statistics.quantiles(times, n=100)[98] < 0.1
+        assert [connection.recv(1) for connection in slow] == [b""] * 500
+        assert time.monotonic() - start < SECONDS + 1
+
+
+def test_clients_that_do_not_read_are_closed_in_time(container):
+    with ExitStack() as stack:
+        for _ in range(20):
+            connection = stack.enter_context(socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((urlsplit(container.url).hostname, 80))
+            connection.sendall(b"GET /static-offline-docs/redoc.standalone.js HTTP/1.1\r\nHost: test\r\n\r\n")
+        open_ = descriptors(container)
+        assert open_ > 20
+        wait_until(lambda: descriptors(container) <= open_ - 20, 4 * SECONDS)
+
+
+def descriptors(container: Container) -> int:
+    return int(container.python_says("import os; print(len(os.listdir('/proc/1/fd')))"))
+
+
+def test_hostile_clients_leave_nothing_behind(container):
+    """After all of the above, and once more: what was open and used before is so again, and the log says no more."""
+
+    def state() -> tuple[int, float]:
+        status = container.python_says("print(open('/proc/1/status').read())")
+        return descriptors(container), int(status.partition("VmRSS:")[2].split()[0]) / 1000
+
+    def attack() -> None:
+        with ThreadPoolExecutor(50) as pool:
+            many = [data for data, _ in CASES.values() if all(isinstance(piece, bytes) for piece in data)] * 5
+            [*pool.map(lambda data: talk(container, *data), many)]
+
+    attack()
+    before = state()
+    attack()
+    wait_until(lambda: descriptors(container) <= before[0], SECONDS + 1)
+    assert state()[1] < before[1] + 2  # MB
+    lines = container.logs()
+    assert all(line.get("http.response.status_code", 400) < 500 for line in lines)
+    assert not [line for line in lines if line["level"] == "error"]
+    assert container.inspect("RestartCount") == 0
+
+
+def test_schemathesis_finds_nothing(image, tmp_path):
+    """All of its checks, of what the schema describes and of what it does not."""
+    with image.container(flags=("--memory=128m",)) as container:
+        options = "--checks all --max-examples 2500 --workers 2 --seed 1 --no-color"
+        command = f"{UV} tool run {SCHEMATHESIS} run {container.url}/openapi.json {options}"
+        result = re.search(r"(\d+) generated, (\d+) passed", run(*command.split(), cwd=tmp_path))
+        assert result
+        assert int(result[1]) == int(result[2]) >= 2000
+        assert not [line for line in container.logs() if line["level"] == "error"]
+
+
+SLOW = """
+@app.get("/slow")
+async def slow() -> None:
+    await asyncio.sleep(1)
+"""
+
+
+async def burst(url: str, path: str, count: int) -> list[tuple[int, float, bytes]]:
+    """As many requests at the same time, each on its own connection: statuses, seconds and heads of the answers."""
+    host = urlsplit(url).hostname
+    connections = await asyncio.gather(*(asyncio.open_connection(host, 80) for _ in range(count)))
+    start = time.monotonic()
+    for _, writer in connections:
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[int, float, bytes]:
+        head = await reader.readuntil(b"\r\n\r\n")
+        seconds = time.monotonic() - start
+        writer.close()
+        return int(head.split()[1]), seconds, head
+
+    return await asyncio.gather(*(answer(*connection) for connection in connections))
+
+
+def test_more_requests_than_a_process_serves_at_once_are_refused_quickly_and_probes_are_not(image, variant):
+    async def overload() -> tuple[list[tuple[int, float, bytes]], list[tuple[int, float, bytes]]]:
+        idle = [await asyncio.open_connection(urlsplit(container.url).hostname, 80) for _ in range(100)]
+        slow = asyncio.create_task(burst(container.url, "/slow", 100))
+        await asyncio.sleep(0.3)  # of the second that they take
+        probes = [(await burst(container.url, path, 1))[0] for path in ("/livez", "/readyz")]
+        answers = await slow
+        for _, writer in idle:
+            writer.close()
+        return answers, probes
+
+    with image.variant(variant(SLOW)).container(flags=("--env=MAX_CONCURRENCY=20",)) as container:
+        answers, probes = asyncio.run(overload())
+        refused = [(seconds, head) for status, seconds, head in answers if status == 503]
+        assert (len(refused), {status for status, *_ in answers}) == (80, {200, 503})
+        assert all(b"\r\nretry-after: 1\r\n" in head for _, head in refused)
+        assert max(seconds for seconds, _ in refused) < 0.5
+        assert [(status, seconds < 0.1) for status, seconds, _ in probes] == [(200, True)] * 2
+        assert httpx.get(f"{container.url}/items/5").status_code == 200
+
+
+def test_short_requests_count_while_they_keep_each_other_waiting(image):
+    """No operation awaits anything here: what makes the process slow is the number of requests that have arrived."""
+    with (
+        image.container(flags=("--env=MAX_CONCURRENCY=20",)) as container,
+        httpx.Client(base_url=container.url) as client,
+    ):
+
+        def typical() -> float:
+            return statistics.median(client.get("/items/5").elapsed.total_seconds() for _ in range(100))
+
+        before = typical()
+        statuses = [status for _ in range(5) for status, *_ in asyncio.run(burst(container.url, "/items/5", 400))]
+        assert set(statuses) == {200, 503}
+        assert statuses.count(200) >= 5 * 20
+        assert typical() < 2 * before
