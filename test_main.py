@@ -1368,13 +1368,14 @@ class Load:
     """Keep-alive clients as a load balancer has: they check every answer and look elsewhere once a probe fails."""
 
     def __init__(self, url: str, connections: int, probe: str = "/readyz") -> None:
-        self.address, self.connections, self.probe = urlsplit(url).hostname, connections, probe
+        self.address, self.port, self.connections = urlsplit(url).hostname, urlsplit(url).port or 80, connections
+        self.probe = probe
         self.answered, self.lost, self.over = 0, [], False
 
     async def connection(self) -> None:
         while not self.over:
             try:
-                reader, writer = await asyncio.open_connection(self.address, 80)
+                reader, writer = await asyncio.open_connection(self.address, self.port)
                 with closing(writer):
                     head = b""
                     while not self.over and b"connection: close" not in head:

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -23,7 +22,7 @@ class Clients(Load):
 
     def __init__(self, url: str) -> None:
         super().__init__(url, CONNECTIONS)
-        self.port, self.tls = urlsplit(url).port, httpx.create_ssl_context(verify=False)
+        self.tls = httpx.create_ssl_context(verify=False)
 
     async def connection(self) -> None:
         reader, writer = await asyncio.open_connection(self.address, self.port, ssl=self.tls)
