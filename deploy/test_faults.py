@@ -16,7 +16,7 @@ import pytest
 from test_main import HERE, PYTHONS, Container, Image, Load, free_port, run, wait_until
 
 pytest_plugins = ("test_main",)  # for its fixtures
-NAME = "h5x-faults"
+NAME = "fastapi-container-faults-test"
 WRITABLE = "--tmpfs=/tmp:size=64k"
 
 # PID 1 is the service; another process holds the other end of its log, and does nothing until it gets a signal.
@@ -43,6 +43,13 @@ RUN cp /usr/lib/*/faketime/libfaketime.so.1 /
 FROM {image}
 COPY --from=debian /libfaketime.so.1 /
 ENV LD_PRELOAD=/libfaketime.so.1 FAKETIME_DONT_FAKE_MONOTONIC=1 FAKETIME_NO_CACHE=1 FAKETIME_TIMESTAMP_FILE=/tmp/clock
+"""
+# Whole at once, since a file that is still empty ends the process that reads it.
+SET_BACK = """
+import os
+with open("/tmp/new", "w") as file:
+    file.write("-1h")
+os.replace("/tmp/new", "/tmp/clock")
 """
 
 
@@ -219,7 +226,8 @@ def test_container_measures_and_drains_as_before_when_the_clock_is_set_back(imag
     name = f"{NAME}-clock"
     run("docker", "build", "--tag", name, "-", input=FAKETIME.format(python=image.python, image=image.name))
     with served(Image("docker", image.python, name), flags=(WRITABLE,)) as (container, url):
-        load = under_load(url, lambda _: container.python_says("open('/tmp/clock', 'w').write('-1h')"))
+        load = under_load(url, lambda _: container.python_says(SET_BACK))
+        assert container.inspect("RestartCount") == 0
         status, seconds = container.stop()
         logs = container.logs()
     moments = [datetime.fromisoformat(line["timestamp"]).timestamp() for line in logs]
