@@ -19,6 +19,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from time import perf_counter
 from typing import Any, Literal, cast
+from urllib.parse import unquote
 
 import click
 import uvicorn.supervisors
@@ -55,8 +56,7 @@ PROBES, PROBED = ("/livez", "/readyz"), ('/livez HTTP/1.1" 200', '/readyz HTTP/1
 lost = 0  # lines, since their reader made room the last time
 
 
-def encode(level: str, message: str, fields: dict[str, Any]) -> bytes:
-    """A line of the log as a JSON object, with the ids of the current trace, if there is one."""
+def encode(level: str, message: str, fields: dict[str, Any]) -> bytes:  # with the ids of the current trace
     line = {"timestamp": datetime.now(UTC).isoformat(), "level": level, "message": message, **fields}
     if (span := trace.get_current_span().get_span_context()).is_valid:
         line |= {"trace_id": trace.format_trace_id(span.trace_id), "span_id": trace.format_span_id(span.span_id)}
@@ -66,8 +66,7 @@ def encode(level: str, message: str, fields: dict[str, Any]) -> bytes:
         return to_json({k: str(v).encode(errors="backslashreplace").decode() for k, v in line.items()}) + b"\n"
 
 
-def write(lines: list[bytes]) -> None:
-    """Take all lines and write them to standard output. A reader that has gone, or makes no room in 0.1 s, misses some."""
+def write(lines: list[bytes]) -> None:  # to stdout; whose reader has gone, or makes no room in 0.1 s, misses some
     global lost
     data = b"".join(lines)
     lines.clear()
@@ -232,7 +231,8 @@ class Http(HttpToolsProtocol):  # with an end to how large a request's head is, 
             idle.cancel()
 
     def on_headers_complete(self) -> None:
-        if max(len(self.headers), len(self.pipeline)) > 100 or not self.url.isascii():
+        unquote(self.url.decode("ascii"), errors="strict")  # raises a ValueError, too, for what is not UTF-8
+        if max(len(self.headers), len(self.pipeline)) > 100 or b"%00" in self.url:
             raise ValueError  # which is answered with 400, as what cannot be parsed
         cast("Any", self.scope)["busy"] = len(self.tasks) >= settings.max_concurrency
         super().on_headers_complete()
