@@ -42,7 +42,7 @@ class Settings(BaseModel, frozen=True, validate_by_name=True):
     workers: int = Field(1, ge=1, alias="web_concurrency", description="processes that serve")  # WORKERS is not read
     max_body_bytes: int = Field(1_048_576, ge=0, description="bytes of the largest request body; beyond it: 413")
     max_concurrency: int = Field(256, ge=1, description="requests that a process serves at once; beyond it: 503")
-    timeout_keep_alive: int = Field(75, ge=1, description="seconds for the next request")  # > 60 s of load balancers
+    timeout_keep_alive: int = Field(75, ge=1, le=3600, description="seconds for a request")  # > load balancers' 60 s
     drain_seconds: float = Field(3 * ("--reload" not in sys.argv), ge=0, le=3600, description="seconds after SIGTERM")
     timeout_graceful_shutdown: int = Field(5, ge=0, le=3600, description="seconds that requests then get to finish")
     stop_seconds: int = Field(10, ge=1, description="seconds from SIGTERM to SIGKILL, which whoever stops it decides")
@@ -68,10 +68,10 @@ def encode(level: str, message: str, fields: dict[str, Any]) -> bytes:  # with t
 
 def write(lines: list[bytes]) -> None:  # to stdout; whose reader has gone, or makes no room in 0.1 s, misses some
     global lost
-    data = b"".join(lines)
+    data, end = b"".join(lines), perf_counter() + 0.1 * (not lost)
     lines.clear()
     with suppress(OSError):
-        while data and select.select([], [1], [], 0 if lost else 0.1)[1]:
+        while data and select.select([], [1], [], max(0, end - perf_counter()))[1]:
             if lost:
                 data, lost = encode("error", f"{lost} lines lost, as their reader was slow", {}) + data, 0
             data = data[os.write(1, data[: data.rfind(b"\n", 0, 4096) + 1 or 4096]) :]  # which a pipe keeps together
@@ -109,7 +109,7 @@ if __name__ in {"__main__", "__mp_main__"}:  # this process and its workers, not
         threading.excepthook = lambda thread: logger.critical("Uncaught exception", exc_info=thread.exc_value)
         sys.stdout, sys.stderr = (io.TextIOWrapper(PrintLog(), "utf-8", "replace", line_buffering=True) for _ in "12")
     logging.config.dictConfig(LOGGING_CONFIG)  # as uvicorn will do, in each of its processes
-    access.addFilter(lambda line: not line.getMessage().endswith(PROBED))
+    access.addFilter(lambda line: not line.getMessage().replace("/1.0", "/1.1").endswith(PROBED))
 try:
     settings = Settings.model_validate({k.lower(): v for k, v in os.environ.items() if v and k != "WORKERS"})
 except ValidationError as error:
@@ -156,8 +156,7 @@ app.state.ready = False
 ACCESS_LINES: list[bytes] = []
 
 
-async def service(scope: Scope, receive: Receive, send: Send) -> None:
-    """The app, seen from outside: probes, overload, and the access log, instead of uvicorn's, by its switches."""
+async def service(scope: Scope, receive: Receive, send: Send) -> None:  # the app, with probes, overload, access log
     if parent := b",".join(value for name, value in scope.get("headers", ()) if name == b"traceparent"):
         context.attach(propagate.extract({"traceparent": parent.decode("latin-1")}, context.Context()))
     started, status, size, complete, inside = perf_counter(), 500, 0, False, context.get_current()
@@ -215,31 +214,32 @@ class Http(HttpToolsProtocol):  # with an end to how large a request's head is, 
         super().connection_made(transport)
         if self.client and sys.platform == "linux":  # over TCP; the kernel closes connections of those who do not read
             transport.get_extra_info("socket").setsockopt(6, socket.TCP_USER_TIMEOUT, 1000 * self.timeout_keep_alive)
-        self.size, self.access_log = 0, PLAIN and self.access_log  # bytes of a head that is not complete
-        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        self.size, self.access_log, self.timeout_keep_alive = 0, PLAIN and self.access_log, self.timeout_keep_alive or 1
+        self.data_received(b"")
 
     def data_received(self, data: bytes) -> None:
-        idle, self.timeout_keep_alive_task = self.timeout_keep_alive_task, None  # by itself it would end here
+        idle, self.timeout_keep_alive_task, scope = self.timeout_keep_alive_task, None, self.scope
         super().data_received(data)
         in_head = not self.cycle or self.cycle.scope is not self.scope
-        self.size = self.size + len(data) if in_head else 0
-        if (in_head or self.cycle.more_body) and self in self.connections:  # not after an upgrade to WebSocket
-            self.timeout_keep_alive_task = idle
-            if self.size > 65536:
-                self.send_400_response("Request head too large")
-        elif idle:
-            idle.cancel()
+        stuck = in_head or self.cycle.response_complete or (self.cycle.more_body and not self.cycle.body)
+        self.size = self.size + len(data) if stuck else 0  # bytes that bring nothing
+        waiting = (stuck or self.cycle.more_body) and self in self.connections  # not upgraded to WebSocket
+        if idle and (not waiting or self.scope is not scope):
+            idle = idle.cancel()  # a request has begun, which has as much time
+        if waiting:
+            self.timeout_keep_alive_task = idle or self.loop.call_later(self.timeout_keep_alive, self.transport.close)
+        if self.size > 65536 + (0 if in_head else settings.max_body_bytes):
+            self.send_400_response("Request too large")
 
     def on_headers_complete(self) -> None:
         unquote(self.url.decode("ascii"), errors="strict")  # raises a ValueError, too, for what is not UTF-8
-        if max(len(self.headers), len(self.pipeline)) > 100 or b"%00" in self.url:
+        if len(self.headers) > 100 or len(self.pipeline) > 98 or b"%00" in self.url:
             raise ValueError  # which is answered with 400, as what cannot be parsed
         cast("Any", self.scope)["busy"] = len(self.tasks) >= settings.max_concurrency
         super().on_headers_complete()
 
 
-def ready_until_sigterm() -> None:
-    """From SIGTERM to uvicorn's shutdown, be unready but serve, until load balancers have looked elsewhere."""
+def ready_until_sigterm() -> None:  # then unready, but serving, until load balancers have looked elsewhere
     loop = asyncio.get_running_loop()
 
     def drain(*_: Any) -> None:  # in the handler itself, so that a blocked loop is ended, too

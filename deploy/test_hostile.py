@@ -90,8 +90,10 @@ CASES = {
     "half a head, then silence": ([GET], []),
     "half a head, byte by byte": ([drip()], []),
     "half a body, then silence": ([b"POST /items/5 HTTP/1.1\r\nHost: test\r\nContent-Length: 9\r\n\r\nabc"], [405]),
-    "a body without end": ([CHUNKED, b"\r\n", repeat(b"10000\r\n" + b"x" * 65536 + b"\r\n")], [405]),
-    "a trailer without end": ([CHUNKED, b"\r\n0\r\nX: ", (b"x" for _ in iter(lambda: time.sleep(0.01), 0))], [405]),
+    "a body without end": ([CHUNKED, b"\r\n", repeat(b"10000\r\n" + b"x" * 65536 + b"\r\n")], [405, 400]),
+    "a trailer without end": ([CHUNKED, b"\r\n0\r\nX: ", repeat(b"x" * 65536)], [405, 400]),
+    "trailers without end": ([CHUNKED, b"\r\n0\r\n", repeat(b"X: x\r\n" * 1000)], [405, 400]),
+    "an empty line after an answer, then silence": ([GET, b"\r\n", b"\r\n"], [200]),
 }
 
 
@@ -249,3 +251,14 @@ def test_short_requests_count_while_they_keep_each_other_waiting(image):
         assert set(statuses) == {200, 503}
         assert statuses.count(200) >= 5 * 20
         assert typical() < 2 * before
+
+
+def test_request_after_a_long_pause_has_all_of_its_time(container):
+    """Since who closes first loses requests."""
+
+    def pieces() -> Iterator[bytes]:
+        for piece in (GET + b"\r\n", GET, b"Connection: close\r\n\r\n"):
+            yield piece
+            time.sleep(SECONDS * 0.8)  # within the time for which a connection may be idle, and that of a request
+
+    assert talk(container, pieces())[0] == [200, 200]
