@@ -233,7 +233,7 @@ class Http(HttpToolsProtocol):  # with an end to how large a request's head is, 
 
     def on_headers_complete(self) -> None:
         unquote(self.url.decode("ascii"), errors="strict")  # raises a ValueError, too, for what is not UTF-8
-        if len(self.headers) > 100 or len(self.pipeline) > 98 or b"%00" in self.url:
+        if len(self.headers) > 100 or len(self.pipeline) > 98:
             raise ValueError  # which is answered with 400, as what cannot be parsed
         cast("Any", self.scope)["busy"] = len(self.tasks) >= settings.max_concurrency
         super().on_headers_complete()

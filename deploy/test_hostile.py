@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import cache
 from itertools import repeat
 from urllib.parse import urlsplit
 
@@ -30,8 +31,13 @@ def container(image):
         yield container
 
 
+@cache
+def address(container: Container) -> str:
+    return urlsplit(container.url).hostname or ""
+
+
 def connect(container: Container) -> socket.socket:
-    return socket.create_connection((urlsplit(container.url).hostname, 80), timeout=SECONDS + 5)
+    return socket.create_connection((address(container), 80), timeout=SECONDS + 5)
 
 
 def talk(container: Container, *data: bytes | Iterator[bytes]) -> tuple[list[int], float]:
@@ -79,8 +85,10 @@ CASES = {
     "invalid UTF-8 in the query": ([b"GET /items/5?q=\xff HTTP/1.1\r\nHost: test\r\n\r\n"], [400]),
     "an escape in the path that is not UTF-8": ([b"GET /items/%ff HTTP/1.1\r\nHost: test\r\n\r\n"], [400]),
     "an escape in the query that is not UTF-8": ([b"GET /items/5?q=%C3 HTTP/1.1\r\nHost: test\r\n\r\n"], [400]),
-    "an escaped null byte in the path": ([b"GET /items/%00 HTTP/1.1\r\nHost: test\r\n\r\n"], [400]),
-    "an escaped null byte in the query": ([b"GET /items/5?q=%00 HTTP/1.1\r\nHost: test\r\n\r\n"], [400]),
+    "an escaped null byte in the path": (
+        [b"GET /items/%00 HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"],
+        [422],
+    ),
     "an escape that is none": ([b"GET /items/%zz HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"], [422]),
     "an integer of 10,000 digits": ([b"GET /items/", b"9" * 10_000, b" HTTP/1.1\r\nHost: test\r\n\r\n"], [422]),
     "random bytes": ([bytes(range(256)) * 4], [400]),
@@ -140,7 +148,7 @@ def test_clients_that_do_not_read_are_closed_in_time(image):
         for _ in range(20):
             connection = stack.enter_context(socket.socket())
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.connect((urlsplit(container.url).hostname, 80))
+            connection.connect((address(container), 80))
             connection.sendall(b"GET /static-offline-docs/redoc.standalone.js HTTP/1.1\r\nHost: test\r\n\r\n")
         wait_until(lambda: state(container)[0] >= before + 20, SECONDS)
         wait_until(lambda: state(container)[0] <= before, 4 * SECONDS)
