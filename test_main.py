@@ -679,8 +679,7 @@ async def broken():
     assert 'raise LookupError("the secret inside \\ud83d")' in line["exception.stacktrace"]
 
 
-def test_response_that_breaks_off_closes_the_connection(variant):
-    source = variant("""
+HALF = """
 from fastapi.responses import StreamingResponse
 @app.get("/half")
 async def half():
@@ -688,8 +687,11 @@ async def half():
         yield b"half"
         raise LookupError
     return StreamingResponse(chunks())
-""")
-    with Process(source=source) as process:
+"""
+
+
+def test_response_that_breaks_off_closes_the_connection(variant):
+    with Process(source=variant(HALF)) as process:
         with pytest.raises(httpx.RemoteProtocolError):
             httpx.get(process.url + "/half")
         process.wait_for("Exception in ASGI application")

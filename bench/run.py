@@ -77,8 +77,8 @@ class Extent:
 
 
 FULL = Extent(5, 4, (OURS, GUIDE, BARE, ASGI), ((ROOT, 1), (ROOT, 64), (ITEM, 1), (ITEM, 64)), 100_000)
-SLACK = 1.4  # by which a ratio of a short run may be worse than the published one
 SHORT = Extent(2, 2, (OURS, GUIDE, BARE), ((ITEM, 64),), 0)
+SLACK = 1.4  # by which a ratio of a short run may be worse than the published one
 
 
 class Goal(NamedTuple):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from test_main import HERE, PYTHONS, TRACEPARENT, Image, Process, answers, run, wait_until
+from test_main import HALF, HERE, PYTHONS, TRACEPARENT, Image, Process, answers, run, wait_until
 
 pytest_plugins = ("test_main",)  # for its fixtures
 
@@ -17,18 +17,14 @@ SWITCH = "--env=FASTAPI_OTEL_AUTO_CONFIGURE=true"
 OPERATION = "GET /items/{item_id}"
 COUNT = 20
 
-BROKEN = """
-from fastapi.responses import StreamingResponse
+BROKEN = (
+    HALF
+    + """
 @app.get("/broken")
 async def broken():
     raise LookupError
-@app.get("/half")
-async def half():
-    async def chunks():
-        yield b"half"
-        raise LookupError
-    return StreamingResponse(chunks())
 """
+)
 
 # In the image itself, since what encodes the requests there decodes them as well.
 RECEIVER = """
