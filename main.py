@@ -28,6 +28,7 @@ from fastapi_offline import FastAPIOffline
 from opentelemetry import context, propagate, trace
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import LOGGING_CONFIG, STARTUP_FAILURE
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -53,12 +54,12 @@ logger, access = logging.getLogger("service"), logging.getLogger("uvicorn.access
 PLAIN = bool(sys.stdout and sys.stdout.isatty()) or not {"--help", "--version"}.isdisjoint(sys.argv)
 STANDARD = vars(logging.makeLogRecord({})).keys() | {"message", "color_message", "timestamp", "level"}
 PROBES, PROBED = ("/livez", "/readyz"), ('/livez HTTP/1.1" 200', '/readyz HTTP/1.1" 200')
-lost = 0  # lines, since their reader made room the last time
+lost, pending = 0, []  # lines, since their reader made room the last time; access lines, for up to 10 ms
 
 
-def encode(level: str, message: str, fields: dict[str, Any]) -> bytes:  # with the ids of the current trace
-    line = {"timestamp": datetime.now(UTC).isoformat(), "level": level, "message": message, **fields}
-    if (span := trace.get_current_span().get_span_context()).is_valid:
+def encode(level: str, message: str, fields: dict[str, Any], at: datetime | None = None, within: Any = None) -> bytes:
+    line = {"timestamp": (at or datetime.now(UTC)).isoformat(), "level": level, "message": message, **fields}
+    if (span := trace.get_current_span(within).get_span_context()).is_valid:  # without `within`, of the current context
         line |= {"trace_id": trace.format_trace_id(span.trace_id), "span_id": trace.format_span_id(span.span_id)}
     try:
         return to_json(line, fallback=repr, inf_nan_mode="strings") + b"\n"
@@ -66,9 +67,9 @@ def encode(level: str, message: str, fields: dict[str, Any]) -> bytes:  # with t
         return to_json({k: str(v).encode(errors="backslashreplace").decode() for k, v in line.items()}) + b"\n"
 
 
-def write(lines: list[bytes]) -> None:  # to stdout; whose reader has gone, or makes no room in 0.1 s, misses some
+def write(lines: list[Any]) -> None:  # to stdout; whose reader has gone, or makes no room in 0.1 s, misses some
     global lost
-    data, end = b"".join(lines), perf_counter() + 0.1 * (not lost)
+    data, end = b"".join(encode(*line) for line in lines), perf_counter() + 0.1 * (not lost)
     lines.clear()
     with suppress(OSError):
         while data and select.select([], [1], [], max(0, end - perf_counter()))[1]:
@@ -86,16 +87,15 @@ class JsonHandler(logging.Handler):  # writes a record with what `extra=` adds t
                 stacktrace = logging.Formatter().formatException(record.exc_info)
                 fields |= {"exception.type": record.exc_info[0].__name__, "exception.stacktrace": stacktrace}
             fields |= {"code.stacktrace": record.stack_info} if record.stack_info else {}
-            line = encode(record.levelname.lower(), record.getMessage().strip(), fields)
+            write([(record.levelname.lower(), record.getMessage().strip(), fields)])
         except Exception as error:  # noqa: BLE001 — of the call that logs, as when its arguments do not fit its text
-            line = encode("error", f"Cannot log {record.msg!r} at {record.pathname}:{record.lineno}: {error!r}", {})
-        write([line])
+            write([("error", f"Cannot log {record.msg!r} at {record.pathname}:{record.lineno}: {error!r}", {})])
 
 
 class PrintLog(io.BytesIO):  # below sys.stdout and sys.stderr, so that what anyone prints becomes log lines, too
     def write(self, data: Any) -> int:
         lines = filter(str.strip, bytes(data).decode(errors="backslashreplace").split("\n"))
-        write([encode("error" if self is sys.stderr.buffer else "info", line, {"logger": "print"}) for line in lines])
+        write([("error" if self is sys.stderr.buffer else "info", line, {"logger": "print"}) for line in lines])
         return len(data)
 
 
@@ -114,6 +114,7 @@ try:
     settings = Settings.model_validate({k.lower(): v for k, v in os.environ.items() if v and k != "WORKERS"})
 except ValidationError as error:
     sys.exit("; ".join(f"{str(e['loc'][0]).upper()}={e['input']}: {e['msg']}" for e in error.errors()))
+TELEMETRY: Any = dict.fromkeys(("tracing", "metrics", "logs"), "OTEL_" in " ".join(os.environ))  # idle, it has a cost
 
 
 # --- The service: this part is yours ---
@@ -127,7 +128,7 @@ def prestart() -> None:
                 sys.exit(f"WEB_CONCURRENCY={settings.workers} needs {need} MB of memory, the limit is {limit} MB")
 
 
-app = FastAPIOffline(title="Items", version="1.0.0", max_body_size=settings.max_body_bytes)
+app = FastAPIOffline(title="Items", version="1.0.0", telemetry=TELEMETRY)
 
 
 class Greeting(BaseModel):
@@ -152,13 +153,12 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 
 # --- What every service answers ---
 app.add_exception_handler(Exception, lambda *_: JSONResponse({"detail": "Internal Server Error"}, 500))
-app.state.ready = False
-ACCESS_LINES: list[bytes] = []
+app.state.ready, limited = False, RequestBodyLimitMiddleware(app, settings.max_body_bytes)
 
 
 async def service(scope: Scope, receive: Receive, send: Send) -> None:  # the app, with probes, overload, access log
-    if parent := b",".join(value for name, value in scope.get("headers", ()) if name == b"traceparent"):
-        context.attach(propagate.extract({"traceparent": parent.decode("latin-1")}, context.Context()))
+    if parent := [value for name, value in scope.get("headers", ()) if name == b"traceparent"]:
+        context.attach(propagate.extract({"traceparent": b",".join(parent).decode("latin-1")}, context.Context()))
     started, status, size, complete, inside = perf_counter(), 500, 0, False, context.get_current()
 
     async def observe(message: Message) -> None:
@@ -181,17 +181,18 @@ async def service(scope: Scope, receive: Receive, send: Send) -> None:  # the ap
             return
         route = scope.get("fastapi", {}).get("effective_route_context") or scope.get("route")  # with a router's prefix
         fields = {"http.request.method": scope["method"], "url.scheme": scope["scheme"], "url.path": scope["path"]}
-        fields |= {"http.route": getattr(route, "path_format", None), "http.response.status_code": status}
-        fields |= {"http.response.body.size": size, "http.server.request.duration": round(perf_counter() - started, 6)}
-        fields |= {"client.address": scope["client"] and scope["client"][0]}
-        ACCESS_LINES.append(encode("info", f"{scope['method']} {scope['path']} {status}", fields))
-        if len(ACCESS_LINES) == 1:  # one write for all that end within 10 ms: a tenth less CPU
-            asyncio.get_running_loop().call_later(0.01, write, ACCESS_LINES)
+        fields |= {"http.route": getattr(route, "path_format", None), "client.address": (scope["client"] or [None])[0]}
+        fields |= {"http.response.status_code": status, "http.response.body.size": size}
+        fields |= {"http.server.request.duration": round(perf_counter() - started, 6)}
+        pending.append(("info", f"{scope['method']} {scope['path']} {status}", fields, datetime.now(UTC), inside))
+        if len(pending) == 1:  # one write for all that end within 10 ms
+            asyncio.get_running_loop().call_later(0.01, write, pending)
 
     if scope["type"] != "http":
         await app(scope, receive, observe)
-        return write(ACCESS_LINES)
-    answer, path = cast("ASGIApp", app), scope["path"].removeprefix(scope["root_path"])
+        return write(pending)
+    path, sized = scope["path"].removeprefix(scope["root_path"]), {b"content-length", b"transfer-encoding"}
+    answer: ASGIApp = limited if [name for name, _ in scope["headers"] if name in sized] else app  # it has a cost
     if path in PROBES and scope["method"] in {"GET", "HEAD"}:  # ready from the end of start-up until SIGTERM
         answer = Response(None, 200 if app.state.ready or path == "/livez" else 503, {"Cache-Control": "no-store"})
     elif scope.get("busy"):
@@ -274,8 +275,7 @@ def serve(**options: Any) -> None:
     if options["workers"] < 2 or options["reload"] or options["uds"]:
         return uvicorn.run("__main__:service", **options)
     uvicorn.Config(service, **options).load()  # so that a mistake shows here, and not in each worker again and again
-    config = uvicorn.Config("__main__:service", **options)
-    team = uvicorn.supervisors.Multiprocess(config, [config.bind_socket()])
+    team = uvicorn.supervisors.Multiprocess(conf := uvicorn.Config("__main__:service", **options), [conf.bind_socket()])
 
     def end(*_: Any) -> None:  # instead of uvicorn's handler, which is deaf to a second SIGTERM
         again = team.should_exit.is_set() or signal.SIGTERM in team.signal_queue

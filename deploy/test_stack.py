@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -22,23 +23,30 @@ class Clients(Load):
 
     def __init__(self, url: str) -> None:
         super().__init__(url, CONNECTIONS)
+        self.start = time.monotonic()
         self.tls = httpx.create_ssl_context(verify=False)
 
     async def connection(self) -> None:
-        reader, writer = await asyncio.open_connection(self.address, self.port, ssl=self.tls)
         while not self.over:
-            start = time.monotonic()
-            writer.write(b"GET /items/5?q=somequery HTTP/1.1\r\nHost: test\r\n\r\n")
-            async with asyncio.timeout(30):
-                head = await reader.readuntil(b"\r\n\r\n")
-                body = await reader.readexactly(int(head.partition(b"Content-Length: ")[2].split()[0]))
-            if (head[:12], body) == (b"HTTP/1.1 200", b'{"item_id":5,"q":"somequery"}'):
-                self.answered += 1
-            else:
-                self.lost.append(body)
-            await asyncio.sleep(start + CONNECTIONS / RATE - time.monotonic())
-        writer.close()
-        await writer.wait_closed()
+            reader, writer = await asyncio.open_connection(self.address, self.port, ssl=self.tls)
+            try:
+                while not self.over:
+                    start, head = time.monotonic(), b""
+                    writer.write(b"GET /items/5?q=somequery HTTP/1.1\r\nHost: test\r\n\r\n")
+                    async with asyncio.timeout(30):
+                        head = await reader.readuntil(b"\r\n\r\n")
+                        body = await reader.readexactly(int(head.partition(b"Content-Length: ")[2].split()[0]))
+                    assert (head[:12], body) == (b"HTTP/1.1 200", b'{"item_id":5,"q":"somequery"}')
+                    self.answered += 1
+                    await asyncio.sleep(start + CONNECTIONS / RATE - time.monotonic())
+            except (OSError, asyncio.IncompleteReadError, AssertionError) as error:
+                self.lost.append(
+                    f"sent at {start - self.start:.3f} s, {time.monotonic() - start:.3f} s later {error!r}"
+                )
+            finally:
+                writer.close()
+                with suppress(OSError):
+                    await writer.wait_closed()
 
 
 class Stack:
@@ -69,15 +77,17 @@ class Stack:
     def loses_nothing(self, change: Callable[[], object], settled: Callable[[], bool]) -> None:
         """Make a change after a second of load, which goes on until the change has settled and a second longer."""
 
-        async def until(load: Load) -> None:
+        async def until(_: Load) -> None:
             await asyncio.to_thread(wait_until, lambda: load.answered > RATE, 10)
             start = time.monotonic()
             await asyncio.to_thread(change)
             await asyncio.to_thread(wait_until, settled, 60)
-            seconds, answered = time.monotonic() - start, load.answered
+            changed, seconds, answered = start - load.start, time.monotonic() - start, load.answered
             await asyncio.to_thread(wait_until, lambda: load.answered > answered + RATE, 10)
             load.over = True
-            print(f"\nsettled in {seconds:.1f} s, {load.answered} answered, {len(load.lost)} lost")
+            print(
+                f"\nchanged at {changed:.3f} s, settled in {seconds:.1f} s, {load.answered} answered, {len(load.lost)} lost"
+            )
 
         load = Clients(self.url)
         asyncio.run(load.run(until))
