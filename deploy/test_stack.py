@@ -31,7 +31,7 @@ class Clients(Load):
             reader, writer = await asyncio.open_connection(self.address, self.port, ssl=self.tls)
             try:
                 while not self.over:
-                    start, head = time.monotonic(), b""
+                    start = time.monotonic()
                     writer.write(b"GET /items/5?q=somequery HTTP/1.1\r\nHost: test\r\n\r\n")
                     async with asyncio.timeout(30):
                         head = await reader.readuntil(b"\r\n\r\n")
