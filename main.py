@@ -8,7 +8,6 @@ import asyncio
 import faulthandler
 import io
 import logging.config
-import multiprocessing
 import os
 import select
 import signal
@@ -18,6 +17,7 @@ import threading
 from contextlib import suppress
 from datetime import UTC, datetime
 from time import perf_counter
+from types import SimpleNamespace
 from typing import Any, Literal, cast
 from urllib.parse import unquote
 
@@ -28,16 +28,13 @@ from fastapi_offline import FastAPIOffline
 from opentelemetry import context, propagate, trace
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import LOGGING_CONFIG, STARTUP_FAILURE
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 
-# --- Settings ---
+# --- Settings: environment variables of the same names, in capitals; an empty one counts as unset ---
 class Settings(BaseModel, frozen=True, validate_by_name=True):
-    """Environment variables of the same names, in capitals; an empty one counts as unset."""
-
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one")
     log_level: Literal["critical", "error", "warning", "info", "debug", "trace"] = Field("info", description="severity")
     workers: int = Field(1, ge=1, alias="web_concurrency", description="processes that serve")  # WORKERS is not read
@@ -57,8 +54,8 @@ PROBES, PROBED = ("/livez", "/readyz"), ('/livez HTTP/1.1" 200', '/readyz HTTP/1
 lost, pending = 0, []  # lines, since their reader made room the last time; access lines, for up to 10 ms
 
 
-def encode(level: str, message: str, fields: dict[str, Any], at: datetime | None = None, within: Any = None) -> bytes:
-    line = {"timestamp": (at or datetime.now(UTC)).isoformat(), "level": level, "message": message, **fields}
+def encode(level: str, message: str, fields: dict[str, Any], within: Any = None) -> bytes:
+    line = {"timestamp": datetime.now(UTC).isoformat(), "level": level, "message": message, **fields}
     if (span := trace.get_current_span(within).get_span_context()).is_valid:  # without `within`, of the current context
         line |= {"trace_id": trace.format_trace_id(span.trace_id), "span_id": trace.format_span_id(span.span_id)}
     try:
@@ -69,8 +66,7 @@ def encode(level: str, message: str, fields: dict[str, Any], at: datetime | None
 
 def write(lines: list[tuple]) -> None:  # what `encode` takes; a reader who makes no room in 0.1 s misses some
     global lost
-    data, end = b"".join(encode(*line) for line in lines), perf_counter() + 0.1 * (not lost)
-    lines.clear()
+    data, end = b"".join(encode(*lines.pop(0)) for _ in lines[:]), perf_counter() + 0.1 * (not lost)
     with suppress(OSError):
         while data and select.select([], [1], [], max(0, end - perf_counter()))[1]:
             if lost:
@@ -100,7 +96,6 @@ class PrintLog(io.BytesIO):  # below sys.stdout and sys.stderr, so that what any
 
 
 if __name__ in {"__main__", "__mp_main__"}:  # this process and its workers, not somebody's import
-    sys.modules.setdefault("pydantic.v1", cast("Any", None))  # FastAPI loads it just to ask whether models are of it
     LOGGING_CONFIG["root"] = {"handlers": ["default"], "level": "INFO"}
     if not PLAIN:
         LOGGING_CONFIG["handlers"] = {"default": {"()": JsonHandler}, "access": {"class": "logging.NullHandler"}}
@@ -128,7 +123,7 @@ def prestart() -> None:
                 sys.exit(f"WEB_CONCURRENCY={settings.workers} needs {need} MB of memory, the limit is {limit} MB")
 
 
-app = FastAPIOffline(title="Items", version="1.0.0", telemetry=TELEMETRY)
+app = FastAPIOffline(title="Items", version="1.0.0", max_body_size=settings.max_body_bytes, telemetry=TELEMETRY)
 
 
 class Greeting(BaseModel):
@@ -153,46 +148,31 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 
 # --- What every service answers ---
 app.add_exception_handler(Exception, lambda *_: JSONResponse({"detail": "Internal Server Error"}, 500))
-app.state.ready, limited = False, RequestBodyLimitMiddleware(app, settings.max_body_bytes)  # costs 10 µs
+app.state.ready = False
 
 
 async def service(scope: Scope, receive: Receive, send: Send) -> None:  # the app, with probes, overload, access log
     if parent := [value for name, value in scope.get("headers", ()) if name == b"traceparent"]:
         context.attach(propagate.extract({"traceparent": b",".join(parent).decode("latin-1")}, context.Context()))
-    started, status, size, complete, inside = perf_counter(), 500, 0, False, context.get_current()
+    started, status, size, ended, inside = perf_counter(), 500, 0, None, context.get_current()
 
     async def observe(message: Message) -> None:
-        nonlocal status, size, complete, inside
+        nonlocal status, size, ended, inside
         if message["type"] == "http.response.start":
             status, inside = message["status"], context.get_current()  # which has the span that telemetry exports
             if not app.state.ready:  # clients that keep connections open are to reconnect elsewhere
                 message["headers"] = [*message["headers"], (b"connection", b"close")]
         elif message["type"] == "http.response.body":
             size += len(message.get("body", b"")) * (scope["method"] != "HEAD")
-            complete = not message.get("more_body")
+            ended = None if message.get("more_body") else perf_counter()
         elif message["type"] == "lifespan.startup.complete":
             ready_until_sigterm()
         await send(message)
-        if complete:
-            log()
-
-    def log() -> None:
-        if PLAIN or not access.handlers or not access.isEnabledFor(logging.INFO) or (status < 400 and path in PROBES):
-            return
-        route = scope.get("fastapi", {}).get("effective_route_context") or scope.get("route")  # with a router's prefix
-        fields = {"http.request.method": scope["method"], "url.scheme": scope["scheme"], "url.path": scope["path"]}
-        fields |= {"http.route": getattr(route, "path_format", None), "client.address": (scope["client"] or [None])[0]}
-        fields |= {"http.response.status_code": status, "http.response.body.size": size}
-        fields |= {"http.server.request.duration": round(perf_counter() - started, 6)}
-        pending.append(("info", f"{scope['method']} {scope['path']} {status}", fields, datetime.now(UTC), inside))
-        if len(pending) == 1:  # one write for all that end within 10 ms
-            asyncio.get_running_loop().call_later(0.01, write, pending)
 
     if scope["type"] != "http":
         await app(scope, receive, observe)
         return write(pending)
-    body = [name for name, _ in scope["headers"] if name in {b"content-length", b"transfer-encoding"}]
-    path, answer = scope["path"].removeprefix(scope["root_path"]), cast("ASGIApp", limited if body else app)
+    path, answer = scope["path"].removeprefix(scope["root_path"]), cast("ASGIApp", app)
     if path in PROBES and scope["method"] in {"GET", "HEAD"}:  # ready from the end of start-up until SIGTERM
         answer = Response(None, 200 if app.state.ready or path == "/livez" else 503, {"Cache-Control": "no-store"})
     elif scope.get("busy"):
@@ -201,18 +181,41 @@ async def service(scope: Scope, receive: Receive, send: Send) -> None:  # the ap
         await answer(scope, receive, observe)
     except Exception:
         context.attach(inside)
-        if not complete:
+        if not ended:
             raise  # for uvicorn to log, and to close the connection: the client learns that the response broke off
         logger.exception("Unhandled exception in %s %s", scope["method"], scope["path"])
     finally:
-        if not complete:
-            log()
+        if not PLAIN and access.handlers and access.isEnabledFor(logging.INFO) and (status > 399 or path not in PROBES):
+            route = scope.get("fastapi", {}).get("effective_route_context") or scope.get("route")  # with its prefix
+            fields = {"http.request.method": scope["method"], "client.address": (scope["client"] or [None])[0]}
+            fields |= {"url.scheme": scope["scheme"], "url.path": scope["path"], "http.response.body.size": size}
+            fields |= {"http.route": getattr(route, "path_format", None), "http.response.status_code": status}
+            fields |= {"http.server.request.duration": round((ended or perf_counter()) - started, 6)}
+            pending.append(("info", f"{scope['method']} {scope['path']} {status}", fields, inside))
+            if len(pending) == 1:  # one write for all that end within 10 ms
+                asyncio.get_running_loop().call_later(0.01, write, pending)
 
 
 # --- Running it: `python main.py`, on a host as in the image ---
+class Transport(SimpleNamespace):  # sends at the end of a turn of the event loop, in one go, what was written during it
+    def __getattr__(self, name: str) -> Any:  # all else comes after what was written
+        return self.send() or getattr(self.transport, name)
+
+    def write(self, data: bytes) -> None:
+        if len(self.unsent) != 1:  # the first piece, or a third: a head and the whole body are two
+            self.send()
+            asyncio.get_running_loop().call_soon(self.send)
+        self.unsent.append(data)
+
+    def send(self) -> None:
+        if self.unsent and not self.is_closing():
+            self.transport.writelines(self.unsent)
+        self.unsent.clear()
+
+
 class Http(HttpToolsProtocol):  # with an end to how large a request's head is, how long it takes, how many there are
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        super().connection_made(cast("Any", Transport(transport=transport, is_closing=transport.is_closing, unsent=[])))
         if self.client and sys.platform == "linux":  # over TCP; the kernel closes connections of those who do not read
             transport.get_extra_info("socket").setsockopt(6, socket.TCP_USER_TIMEOUT, 1000 * self.timeout_keep_alive)
         self.size, self.access_log, self.timeout_keep_alive = 0, PLAIN and self.access_log, self.timeout_keep_alive or 1
@@ -244,7 +247,7 @@ def ready_until_sigterm() -> None:  # then unready, but serving, until load bala
     loop = asyncio.get_running_loop()
 
     def drain(*_: Any) -> None:  # in the handler itself, so that a blocked loop is ended, too
-        if not app.state.ready and multiprocessing.parent_process():
+        if not app.state.ready and __name__ == "__mp_main__":
             return  # sent to the whole group, it comes from the parent, too; whose impatience is a SIGINT
         delay, app.state.ready = settings.drain_seconds * app.state.ready, False  # a second SIGTERM is impatient
         limit = delay + (cast("Any", uvicorns).__self__.config.timeout_graceful_shutdown or 0) + 1
@@ -269,17 +272,15 @@ def serve(**options: Any) -> None:
     options["headers"] = [header.split(":", 1) for header in (*HEADERS, *options["headers"])]
     options["http"] = {"auto": Http, "httptools": Http}.get(options["http"], options["http"])
     options["log_config"] = options["log_config"] or LOGGING_CONFIG
-    if options["uds"] is None and options["fd"] is None:  # is the port free and allowed? uvicorn would not name it
-        family = socket.AF_INET6 if ":" in options["host"] else socket.AF_INET
-        socket.create_server((options["host"], options["port"]), family=family).close()
+    if options["uds"] is None and options["fd"] is None and (host := options["host"]):  # uvicorn would not name it
+        socket.create_server((host, options["port"]), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     if options["workers"] < 2 or options["reload"] or options["uds"]:
         return uvicorn.run("__main__:service", **options)
     uvicorn.Config(service, **options).load()  # so that a mistake shows here, and not in each worker again and again
     team = uvicorn.supervisors.Multiprocess(conf := uvicorn.Config("__main__:service", **options), [conf.bind_socket()])
 
     def end(*_: Any) -> None:  # instead of uvicorn's handler, which is deaf to a second SIGTERM
-        again = team.should_exit.is_set() or signal.SIGTERM in team.signal_queue
-        for worker in multiprocessing.active_children() if again else ():
+        for worker in team.processes if team.should_exit.is_set() or team.signal_queue else ():
             os.kill(cast("int", worker.pid), signal.SIGINT)
         team.signal_queue.append(signal.SIGTERM)
 
@@ -292,8 +293,7 @@ if __name__ == "__main__":
         sys.exit(prestart())
     try:
         serve.main(standalone_mode=False)
-    except click.ClickException as error:
-        sys.exit(error.format_message())
-    except Exception as error:  # noqa: BLE001 — what uvicorn cannot use, but does not name
+    except Exception as error:  # noqa: BLE001 — an option that is none, or what uvicorn cannot use, but does not name
+        told = isinstance(error, click.ClickException) and error.format_message()
         names = [word.partition("=")[0] for word in (*os.environ, *sys.argv) if word.startswith(("UVICORN_", "--"))]
-        sys.exit(f"{error}; to be mended in one of: {', '.join(['PORT', *names])}")
+        sys.exit(told or f"{error}; to be mended in one of: {', '.join(['PORT', *names])}")

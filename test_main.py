@@ -17,6 +17,7 @@ import shutil
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tarfile
@@ -525,6 +526,7 @@ async def measure(function):
     for _ in range(1000):
         await function()
         await asyncio.sleep(0)  # a turn of the event loop for each, which is the dearest
+    main.write(main.pending)
     return (time.process_time() - start) * 1000
 
 app.state, main.app = main.app.state, app
@@ -715,6 +717,38 @@ async def size(body: Annotated[bytes, Body()]) -> int:
         assert httpx.post(post, content=b"x" * 1000).json() == 1000
         assert httpx.post(post, content=b"x" * 1001).status_code == 413
         assert httpx.post(post, content=iter([b"x" * 600] * 2)).status_code == 413  # chunked, no length announced
+
+
+def test_response_is_one_packet():
+    with Process() as process, socket.create_connection(("127.0.0.1", urlsplit(process.url).port)) as connection:
+        connection.sendall(b"GET /items/5?q=somequery HTTP/1.1\r\nHost: service\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += connection.recv(65536)
+        information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
+        assert struct.unpack_from("I", information, 152) == (1,), "tcpi_data_segs_in of Linux' tcp_info"
+
+
+ENDLESS = """
+from fastapi.responses import StreamingResponse
+made = 0
+@app.get("/endless")
+async def endless():
+    async def chunks():  # with never a wait of its own
+        global made
+        while True:
+            made += 1
+            yield bytes(1_000_000)
+    return StreamingResponse(chunks())
+@app.get("/made")
+async def read_made() -> int:
+    return made
+"""
+
+
+def test_stream_waits_for_a_client_that_does_not_read(variant):
+    with Process(source=variant(ENDLESS)) as process, httpx.stream("GET", process.url + "/endless"):
+        assert 0 < httpx.get(process.url + "/made", timeout=20).json() < 100
 
 
 # --- The end ---
@@ -1050,6 +1084,7 @@ LEFT_OUT = {
     "turtledemo",
     "ensurepip",
     "pydoc_data",
+    "venv",
     "_pydatetime",
     "_pydecimal",
     "_pyio",
