@@ -18,25 +18,28 @@ RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=requirem
 
 # FastAPI's own stack and the standard library import lazily, everything else (main.py, your packages) as written:
 # so an import that fails does so before the service is ready. OpenTelemetry, too, is of the rest: its modules for
-# protobuf import others for what these register.
+# protobuf import others for what these register. FastAPI loads pydantic.v1 just to ask whether models are of it.
 COPY <<EOF /tmp/sitecustomize.py
 import sys
 
+sys.modules["pydantic.v1"] = None
 STACK = {"anyio", "click", "fastapi", "fastapi_offline", "pydantic", "starlette", "uvicorn"}
 if sys.version_info >= (3, 15):
     sys.set_lazy_imports_filter(lambda importer, *_: importer.split(".")[0] in STACK | sys.stdlib_module_names)
     sys.set_lazy_imports("all")
 EOF
 
-# Leave out what needs a display, an IDE or pip, tests of the interpreter, twins in Python of modules in C, and sources
-# that were compiled into extensions. Let there be one list of certificate authorities, the system's. Let Redoc show an
-# empty picture for its maker's logo, which is on another host: the page's policy blocks that, as an error.
+# Leave out what needs a display, an IDE, pip or a type checker, the pages that a profiler makes, notes for assistants,
+# tests of the interpreter, twins in Python of modules in C, and sources that were compiled into extensions. Let there
+# be one list of certificate authorities, the system's. Let Redoc show an empty picture for its maker's logo, which is on
+# another host: the page's policy blocks that, as an error.
 # Compile the rest, sources staying for tracebacks: unchecked, since files do not change, and always to the same bytes.
 RUN <<EOF
 mv /tmp/sitecustomize.py /usr/local/lib/python3.??/site-packages
-rm -rf /usr/local/lib/python3.??/{config-*,ensurepip,idlelib,pydoc_data,tkinter,turtle*,profiling/sampling/_vendor}
+rm -rf /usr/local/lib/python3.??/{config-*,ensurepip,idlelib,pydoc_data,tkinter,turtle*,venv}
 rm -rf /usr/local/lib/python3.??/{lib-dynload/{*_test*,*xx*,_tkinter*},_pydatetime.py,_pydecimal.py,_pyio.py}
-rm -rf /usr/local/lib/python3.??/site-packages/{pip,pip-*}
+rm -rf /usr/local/lib/python3.??/profiling/sampling/{_vendor,*_assets}
+rm -rf /usr/local/lib/python3.??/site-packages/{pip,pip-*,fastapi/.agents,pydantic/{,v1/}mypy.py}
 find /usr/local/lib/python3.??/site-packages -regex '.*\.\(c\|h\|pxd\|pyi\|pyx\)' -delete
 find /usr/local/lib/python3.??/site-packages -name cacert.pem -exec ln -sf /etc/ssl/certs/ca-certificates.crt {} \;
 sed -i 's,https://cdn.redoc.ly/redoc/logo-mini.svg,data:image/gif;base64\,R0lGODlhAQABAAAAADs=,' \
