@@ -18,15 +18,16 @@ RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=requirem
 
 # FastAPI's own stack and the standard library import lazily, everything else (main.py, your packages) as written:
 # so an import that fails does so before the service is ready. OpenTelemetry, too, is of the rest: its modules for
-# protobuf import others for what these register. FastAPI loads pydantic.v1 just to ask whether models are of it. The
-# first search for garbage waits for 100,000 objects, as what is imported is none; later ones are as frequent as ever.
+# protobuf import others for what these register. The first search for garbage waits for 100,000 objects, as what is
+# imported is none; later ones are as frequent as ever, or as the service has set.
 COPY <<EOF /tmp/sitecustomize.py
 import gc
 import sys
 
-gc.callbacks.append(lambda phase, info, usual=gc.get_threshold(): gc.set_threshold(*usual))
+
+usual = gc.get_threshold()
+gc.callbacks.append(lambda *_: gc.get_threshold()[0] == 100_000 and gc.set_threshold(*usual))
 gc.set_threshold(100_000)
-sys.modules["pydantic.v1"] = None
 LAZY = {"anyio", "click", "fastapi", "fastapi_offline", "pydantic", "starlette", "uvicorn"} | sys.stdlib_module_names
 if sys.version_info >= (3, 15):
     sys.set_lazy_imports_filter(lambda importer, *_: importer.split(".")[0] in LAZY)

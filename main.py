@@ -49,13 +49,13 @@ class Settings(BaseModel, frozen=True, validate_by_name=True):
 # --- Logs: one JSON object a line, or uvicorn's own coloured lines on a terminal ---
 logger, access = logging.getLogger("service"), logging.getLogger("uvicorn.access")
 PLAIN = bool(sys.stdout and sys.stdout.isatty()) or not {"--help", "--version"}.isdisjoint(sys.argv)
-STANDARD = vars(logging.makeLogRecord({})).keys() | {"message", "color_message", "timestamp", "level"}
+OWN = vars(logging.makeLogRecord({})).keys() - {"stack_info"} | {"message", "color_message", "timestamp", "level"}
 PROBES, PROBED = ("/livez", "/readyz"), ('/livez HTTP/1.1" 200', '/readyz HTTP/1.1" 200')
 lost, pending = 0, []  # lines, since their reader made room the last time; access lines, for up to 10 ms
 
 
-def encode(level: str, message: str, fields: dict[str, Any], within: Any = None) -> bytes:
-    line = {"timestamp": datetime.now(UTC).isoformat(), "level": level, "message": message, **fields}
+def encode(level: str, message: str, fields: dict[str, Any], at: datetime | None = None, within: Any = None) -> bytes:
+    line = {"timestamp": (at or datetime.now(UTC)).isoformat(), "level": level, "message": message, **fields}
     if (span := trace.get_current_span(within).get_span_context()).is_valid:  # without `within`, of the current context
         line |= {"trace_id": trace.format_trace_id(span.trace_id), "span_id": trace.format_span_id(span.span_id)}
     try:
@@ -78,11 +78,10 @@ def write(lines: list[tuple]) -> None:  # what `encode` takes; a reader who make
 class JsonHandler(logging.Handler):  # writes a record with what `extra=` adds to it and the exception it carries
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            fields = {"logger": record.name} | {k: v for k, v in vars(record).items() if k not in STANDARD}
+            fields = {"logger": record.name} | {k: v for k, v in vars(record).items() if k not in OWN and v is not None}
             if record.exc_info and record.exc_info[0]:
                 stacktrace = logging.Formatter().formatException(record.exc_info)
                 fields |= {"exception.type": record.exc_info[0].__name__, "exception.stacktrace": stacktrace}
-            fields |= {"code.stacktrace": record.stack_info} if record.stack_info else {}
             write([(record.levelname.lower(), record.getMessage().strip(), fields)])
         except Exception as error:  # noqa: BLE001 — of the call that logs, as when its arguments do not fit its text
             write([("error", f"Cannot log {record.msg!r} at {record.pathname}:{record.lineno}: {error!r}", {})])
@@ -96,6 +95,7 @@ class PrintLog(io.BytesIO):  # below sys.stdout and sys.stderr, so that what any
 
 
 if __name__ in {"__main__", "__mp_main__"}:  # this process and its workers, not somebody's import
+    sys.modules.setdefault("pydantic.v1", cast("Any", None))  # FastAPI loads it just to ask whether models are of it
     LOGGING_CONFIG["root"] = {"handlers": ["default"], "level": "INFO"}
     if not PLAIN:
         LOGGING_CONFIG["handlers"] = {"default": {"()": JsonHandler}, "access": {"class": "logging.NullHandler"}}
@@ -160,8 +160,7 @@ async def service(scope: Scope, receive: Receive, send: Send) -> None:  # the ap
         nonlocal status, size, ended, inside
         if message["type"] == "http.response.start":
             status, inside = message["status"], context.get_current()  # which has the span that telemetry exports
-            if not app.state.ready:  # clients that keep connections open are to reconnect elsewhere
-                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            message["headers"] = [*message["headers"], *[(b"connection", b"close")] * (not app.state.ready)]
         elif message["type"] == "http.response.body":
             size += len(message.get("body", b"")) * (scope["method"] != "HEAD")
             ended = None if message.get("more_body") else perf_counter()
@@ -191,21 +190,21 @@ async def service(scope: Scope, receive: Receive, send: Send) -> None:  # the ap
             fields |= {"url.scheme": scope["scheme"], "url.path": scope["path"], "http.response.body.size": size}
             fields |= {"http.route": getattr(route, "path_format", None), "http.response.status_code": status}
             fields |= {"http.server.request.duration": round((ended or perf_counter()) - started, 6)}
-            pending.append(("info", f"{scope['method']} {scope['path']} {status}", fields, inside))
+            pending.append(("info", f"{scope['method']} {scope['path']} {status}", fields, datetime.now(UTC), inside))
             if len(pending) == 1:  # one write for all that end within 10 ms
                 asyncio.get_running_loop().call_later(0.01, write, pending)
 
 
 # --- Running it: `python main.py`, on a host as in the image ---
 class Transport(SimpleNamespace):  # sends at the end of a turn of the event loop, in one go, what was written during it
-    def __getattr__(self, name: str) -> Any:  # all else comes after what was written
+    def __getattr__(self, name: str) -> Any:  # whatever else it is asked for comes after what was written
         return self.send() or getattr(self.transport, name)
 
     def write(self, data: bytes) -> None:
-        if len(self.unsent) != 1:  # the first piece, or a third: a head and the whole body are two
+        if len(self.unsent) != 1:  # the first piece, or the third, as a head and the whole body are two
             self.send()
             asyncio.get_running_loop().call_soon(self.send)
-        self.unsent.append(data)
+        self.unsent.append(bytes(data))  # a copy of what may change
 
     def send(self) -> None:
         if self.unsent and not self.is_closing():
@@ -219,6 +218,7 @@ class Http(HttpToolsProtocol):  # with an end to how large a request's head is, 
         if self.client and sys.platform == "linux":  # over TCP; the kernel closes connections of those who do not read
             transport.get_extra_info("socket").setsockopt(6, socket.TCP_USER_TIMEOUT, 1000 * self.timeout_keep_alive)
         self.size, self.access_log, self.timeout_keep_alive = 0, PLAIN and self.access_log, self.timeout_keep_alive or 1
+        self.eof_received = cast("Any", self.transport).send  # a client that sends no more still gets what was written
         self.data_received(b"")
 
     def data_received(self, data: bytes) -> None:
@@ -228,8 +228,7 @@ class Http(HttpToolsProtocol):  # with an end to how large a request's head is, 
         stuck = in_head or self.cycle.response_complete or (self.cycle.more_body and not self.cycle.body)
         self.size = self.size + len(data) if stuck else 0  # bytes that bring nothing
         waiting = (stuck or self.cycle.more_body) and self in self.connections  # not upgraded to WebSocket
-        if idle and (not waiting or self.scope is not scope):
-            idle = idle.cancel()  # a request has begun, which has as much time
+        idle = idle and (idle if waiting and self.scope is scope else idle.cancel())  # as much time for a new request
         if waiting:
             self.timeout_keep_alive_task = idle or self.loop.call_later(self.timeout_keep_alive, self.transport.close)
         if self.size > 65536 + (0 if in_head else settings.max_body_bytes):
@@ -243,7 +242,7 @@ class Http(HttpToolsProtocol):  # with an end to how large a request's head is, 
         super().on_headers_complete()
 
 
-def ready_until_sigterm() -> None:  # then unready, but serving, until load balancers have looked elsewhere
+def ready_until_sigterm() -> None:  # then unready, serving, and closing each connection, so that clients look elsewhere
     loop = asyncio.get_running_loop()
 
     def drain(*_: Any) -> None:  # in the handler itself, so that a blocked loop is ended, too
@@ -272,7 +271,7 @@ def serve(**options: Any) -> None:
     options["headers"] = [header.split(":", 1) for header in (*HEADERS, *options["headers"])]
     options["http"] = {"auto": Http, "httptools": Http}.get(options["http"], options["http"])
     options["log_config"] = options["log_config"] or LOGGING_CONFIG
-    if options["uds"] is None and options["fd"] is None and (host := options["host"]):  # uvicorn would not name it
+    if options["uds"] is None and options["fd"] is None and (host := options["host"]) is not None:
         socket.create_server((host, options["port"]), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     if options["workers"] < 2 or options["reload"] or options["uds"]:
         return uvicorn.run("__main__:service", **options)
@@ -280,7 +279,8 @@ def serve(**options: Any) -> None:
     team = uvicorn.supervisors.Multiprocess(conf := uvicorn.Config("__main__:service", **options), [conf.bind_socket()])
 
     def end(*_: Any) -> None:  # instead of uvicorn's handler, which is deaf to a second SIGTERM
-        for worker in team.processes if team.should_exit.is_set() or team.signal_queue else ():
+        again = team.should_exit.is_set() or signal.SIGTERM in team.signal_queue
+        for worker in [worker for worker in team.processes if again and worker.exitcode is None]:
             os.kill(cast("int", worker.pid), signal.SIGINT)
         team.signal_queue.append(signal.SIGTERM)
 

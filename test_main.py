@@ -312,7 +312,7 @@ threading.Thread(target=lambda: 1 / 0).start()
     assert process.said("bytes")
     assert process.said("an end that follows")
     assert process.said("trace me")[0]["level"] == "info"
-    assert "Stack" in process.said("trace me")[0]["code.stacktrace"]
+    assert "Stack" in process.said("trace me")[0]["stack_info"]
     for odd in ("b'\\xff'", "\\ud83d", "{'circle': {...}}"):  # what is no JSON is shown all the same
         assert odd in process.said("odd")[0].values()
     assert all(line["message"] == line["message"].strip() for line in process.lines)
@@ -729,6 +729,33 @@ def test_response_is_one_packet():
         assert struct.unpack_from("I", information, 152) == (1,), "tcpi_data_segs_in of Linux' tcp_info"
 
 
+def test_client_that_sends_no_more_still_gets_its_answer():
+    with Process() as process:
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", urlsplit(process.url).port)) as connection:
+                connection.sendall(b"GET /items/5 HTTP/1.1\r\nHost: service\r\n\r\n")
+                connection.shutdown(socket.SHUT_WR)
+                assert connection.makefile("rb").read().endswith(b'{"item_id":5,"q":null}')
+
+
+REUSED = """
+from fastapi.responses import StreamingResponse
+@app.get("/reused")
+async def reused():
+    async def chunks():
+        buffer = bytearray(10)
+        for digit in b"0123456789":
+            buffer[:] = bytes([digit]) * 10
+            yield memoryview(buffer)
+    return StreamingResponse(chunks(), headers={"Content-Length": "100"})
+"""
+
+
+def test_stream_from_one_buffer_comes_as_it_was_when_sent(variant):
+    with Process(source=variant(REUSED)) as process:
+        assert httpx.get(process.url + "/reused").text == "".join(digit * 10 for digit in "0123456789")
+
+
 ENDLESS = """
 from fastapi.responses import StreamingResponse
 made = 0
@@ -792,6 +819,34 @@ def test_second_sigterm_ends_the_drain(workers):
         process.popen.terminate()
         process.end()
     assert len(process.said("Finished server process")) == int(workers)
+
+
+HOLD = """
+from fastapi.responses import StreamingResponse
+@app.get("/hold")
+async def hold():
+    async def chunks():
+        yield str(os.getpid())
+        await asyncio.sleep(60)
+    return StreamingResponse(chunks())
+"""
+
+
+def test_second_sigterm_reaches_the_worker_that_is_left(variant):
+    process = Process("--workers", "2", source=variant(HOLD), DRAIN_SECONDS="0", TIMEOUT_GRACEFUL_SHUTDOWN="60")
+    with process, httpx.Client() as client:
+        process.wait_for("Application startup complete", 2)
+        workers = [int(re.findall(r"\d+", line["message"])[0]) for line in process.said("Started server process")]
+        for _ in range(100):  # until the kernel gives it to the worker that was started last
+            response = client.send(client.build_request("GET", process.url + "/hold"), stream=True)
+            chunks = response.iter_text()  # which closes the connection when it is gone
+            if next(chunks) == str(max(workers)):
+                break
+            response.close()
+        process.popen.terminate()
+        wait_until(lambda: not Path(f"/proc/{min(workers)}").exists(), 10)
+        process.popen.terminate()
+        process.end()
 
 
 def test_interrupt_from_the_keyboard_does_not_drain():

@@ -1,6 +1,7 @@
 """Measure this project's image beside the container that FastAPI's guide writes, and two floors below both.
 
-`make bench` writes results.json and figure.svg. With `FLAGS=--short` it measures less and writes nothing.
+`make bench` writes results.json and figure.svg. With `FLAGS=--short` it measures less and writes nothing; with
+`FLAGS=--beside=FILE` it compares one change of main.py, for which FILE has it, with main.py as it is.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,6 +55,8 @@ OURS = Contender("this project", ".", "main.py", probe="/readyz")
 GUIDE = Contender("guide", "bench/guide", "app/main.py")
 BARE = floor("bare FastAPI", "bare_fastapi.py", "fastapi uvicorn uvloop httptools")
 ASGI = floor("bare ASGI", "bare_asgi.py", "uvicorn uvloop httptools")
+
+CHANGED = Contender("changed", ".", "main.py", probe="/readyz")
 
 ROOT, ITEM = "/", "/items/5?q=somequery"
 PACKAGES = """
@@ -220,6 +223,33 @@ def measure_round(contender: Contender, tree: Path, python: str, extent: Extent)
         return figures | {LOST: lost(container, contender.probe)}
 
 
+@contextmanager
+def copied(python: str):
+    """A copy of the repository, whose files may be edited, with wrk built from it."""
+    with tempfile.TemporaryDirectory() as directory:
+        tree = Path(directory) / "tree"
+        shutil.copytree(HERE, tree, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__"))
+        run("docker", "build", "--quiet", f"--build-arg=PYTHON={python}", "--tag", f"{NAME}:wrk", tree / "bench/wrk")
+        yield tree
+
+
+def compare(main: Path, python: str) -> Figures:
+    """What an item costs with another main.py, beside this project's and bare FastAPI; all three run all the time."""
+    figures: Figures = defaultdict(lambda: defaultdict(list))
+    with copied(python) as tree, ExitStack() as stack:
+        running = []
+        for contender in (OURS, CHANGED, BARE):
+            if contender is CHANGED:
+                shutil.copy(main, tree / "main.py")
+            build(contender, tree, python)
+            running.append((contender, stack.enter_context(started(contender))[0]))
+        for turn in range(11):
+            for contender, container in running:
+                for measure, figure in load(container, ITEM, 64, 1)[1].items():
+                    figures[measure][contender.name] += [figure] * (turn > 0)  # the first is to warm up
+    return figures
+
+
 def measure(python: str, extent: Extent) -> Figures:
     """Every figure of every contender; in each round all have their turn, so that a slow minute is nobody's alone."""
     figures: Figures = defaultdict(lambda: defaultdict(list))
@@ -230,10 +260,7 @@ def measure(python: str, extent: Extent) -> Figures:
             figures[name][contender.name].append(figure)
         print(f"{time.monotonic() - begin:5.0f} s  {step}, {contender.name}", flush=True)
 
-    with tempfile.TemporaryDirectory() as directory:
-        tree = Path(directory) / "tree"
-        shutil.copytree(HERE, tree, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__"))
-        run("docker", "build", "--quiet", f"--build-arg=PYTHON={python}", "--tag", f"{NAME}:wrk", tree / "bench/wrk")
+    with copied(python) as tree:
         for contender in extent.contenders:
             build(contender, tree, python)
             note(contender, "image", measure_image(contender, extent))
@@ -274,10 +301,11 @@ def number(figure: float) -> str:
 def print_table(figures: Figures) -> None:
     """This project's ratios; then all medians, and half of what lies between the least and the greatest figure."""
     contenders = list(next(iter(figures.values())))
-    print(f"\n{'':58}", *(f"/{name:>13}" for name in (GUIDE.name, BARE.name)), *(f"{name:>18}" for name in contenders))
+    others = [other for other in (CHANGED, GUIDE, BARE) if other.name in contenders]
+    print(f"\n{'':58}", *(f"/{other.name:>13}" for other in others), *(f"{name:>18}" for name in contenders))
     for measure, found in figures.items():
         print(f"{measure:58}", end="")
-        for other in (GUIDE, BARE):
+        for other in others:
             share = ratio(figures, measure, other)
             print(f"{'-' if share is None else f'{share:.2f}':>15}", end="")
         for values in found.values():
@@ -336,8 +364,13 @@ font-family="system-ui, sans-serif">
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="check against what is published, and write nothing")
+    parser.add_argument("--beside", type=Path, metavar="FILE", help="compare what a request costs with this main.py")
     parser.add_argument("--python", default=PYTHONS[0], choices=PYTHONS, help="of all images")
     arguments = parser.parse_args()
+    if arguments.beside and not arguments.beside.is_file():
+        parser.error(f"--beside={arguments.beside}: there is no such file")
+    if arguments.beside:
+        return print_table(compare(arguments.beside, arguments.python))
     extent = SHORT if arguments.short else FULL
     figures = measure(arguments.python, extent)
     print_table(figures)
