@@ -160,7 +160,7 @@ async def service(scope: Scope, receive: Receive, send: Send) -> None:  # the ap
         nonlocal status, size, ended, inside
         if message["type"] == "http.response.start":
             status, inside = message["status"], context.get_current()  # which has the span that telemetry exports
-            message["headers"] = [*message["headers"], *[(b"connection", b"close")] * (not app.state.ready)]
+            message["headers"] = [*message.get("headers", ()), *[(b"connection", b"close")] * (not app.state.ready)]
         elif message["type"] == "http.response.body":
             size += len(message.get("body", b"")) * (scope["method"] != "HEAD")
             ended = None if message.get("more_body") else perf_counter()
@@ -197,7 +197,7 @@ async def service(scope: Scope, receive: Receive, send: Send) -> None:  # the ap
 
 # --- Running it: `python main.py`, on a host as in the image ---
 class Transport(SimpleNamespace):  # sends at the end of a turn of the event loop, in one go, what was written during it
-    def __getattr__(self, name: str) -> Any:  # whatever else it is asked for comes after what was written
+    def __getattr__(self, name: str) -> Any:  # of the real one; before all else, what was written leaves
         return self.send() or getattr(self.transport, name)
 
     def write(self, data: bytes) -> None:

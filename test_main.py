@@ -738,6 +738,20 @@ def test_client_that_sends_no_more_still_gets_its_answer():
                 assert connection.makefile("rb").read().endswith(b'{"item_id":5,"q":null}')
 
 
+PLAIN_ASGI = """
+async def plain(scope, receive, send):
+    await send({"type": "http.response.start", "status": 204})
+    await send({"type": "http.response.body"})
+app.mount("/plain", plain)
+"""
+
+
+def test_mounted_app_may_leave_out_what_asgi_lets_it(variant):
+    with Process(source=variant(PLAIN_ASGI)) as process:
+        assert httpx.get(process.url + "/plain/").status_code == 204
+        assert process.wait_for("GET /plain/ 204")["http.response.body.size"] == 0
+
+
 REUSED = """
 from fastapi.responses import StreamingResponse
 @app.get("/reused")
@@ -996,6 +1010,15 @@ def test_readme_gives_the_figures_that_the_benchmark_found():
     assert len(rows) == 3
     for requests, replicas in rows:
         assert int(replicas) == math.ceil(int(requests.replace(",", "")) / (0.7 * rate)) + 1
+
+
+def test_readme_of_the_benchmark_says_how_far_each_goal_is_reached():
+    from bench.run import GOALS, ratio  # which imports this module
+
+    figures = json.loads((HERE / "bench/results.json").read_text())["figures"]
+    rows = re.findall(r"^\| .* \| [≥≤] ([\d.]+) \| ([\d.]+)", (HERE / "bench/README.md").read_text(), re.MULTILINE)
+    found = [ratio(figures, goal.measure, goal.other) if goal.other else 0 for goal in GOALS]
+    assert rows == [(f"{goal.bound:g}", f"{figure:.2f}") for goal, figure in zip(GOALS, found, strict=True)]
 
 
 # --- The image, on each Python that it can be built from; the first is the Dockerfile's own ---
