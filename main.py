@@ -28,7 +28,6 @@ from fastapi_offline import FastAPIOffline
 from opentelemetry import context, propagate, trace
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import LOGGING_CONFIG, STARTUP_FAILURE
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -49,7 +48,7 @@ class Settings(BaseModel, frozen=True, validate_by_name=True):
 # --- Logs: one JSON object a line, or uvicorn's own coloured lines on a terminal ---
 logger, access = logging.getLogger("service"), logging.getLogger("uvicorn.access")
 PLAIN = bool(sys.stdout and sys.stdout.isatty()) or not {"--help", "--version"}.isdisjoint(sys.argv)
-OWN = vars(logging.makeLogRecord({})).keys() - {"stack_info"} | {"message", "color_message", "timestamp", "level"}
+STANDARD = vars(logging.makeLogRecord({})).keys() | {"message", "color_message", "timestamp", "level"}
 PROBES, PROBED = ("/livez", "/readyz"), ('/livez HTTP/1.1" 200', '/readyz HTTP/1.1" 200')
 lost, pending = 0, []  # lines, since their reader made room the last time; access lines, for up to 10 ms
 
@@ -78,10 +77,11 @@ def write(lines: list[tuple]) -> None:  # what `encode` takes; a reader who make
 class JsonHandler(logging.Handler):  # writes a record with what `extra=` adds to it and the exception it carries
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            fields = {"logger": record.name} | {k: v for k, v in vars(record).items() if k not in OWN and v is not None}
+            fields = {"logger": record.name} | {k: v for k, v in vars(record).items() if k not in STANDARD}
             if record.exc_info and record.exc_info[0]:
                 stacktrace = logging.Formatter().formatException(record.exc_info)
                 fields |= {"exception.type": record.exc_info[0].__name__, "exception.stacktrace": stacktrace}
+            fields |= {"code.stacktrace": record.stack_info} if record.stack_info else {}
             write([(record.levelname.lower(), record.getMessage().strip(), fields)])
         except Exception as error:  # noqa: BLE001 — of the call that logs, as when its arguments do not fit its text
             write([("error", f"Cannot log {record.msg!r} at {record.pathname}:{record.lineno}: {error!r}", {})])
@@ -151,12 +151,12 @@ app.add_exception_handler(Exception, lambda *_: JSONResponse({"detail": "Interna
 app.state.ready = False
 
 
-async def service(scope: Scope, receive: Receive, send: Send) -> None:  # the app, with probes, overload, access log
+async def service(scope: Any, receive: Any, send: Any) -> None:  # ASGI: the app, with probes, overload, access log
     if parent := [value for name, value in scope.get("headers", ()) if name == b"traceparent"]:
         context.attach(propagate.extract({"traceparent": b",".join(parent).decode("latin-1")}, context.Context()))
     started, status, size, ended, inside = perf_counter(), 500, 0, None, context.get_current()
 
-    async def observe(message: Message) -> None:
+    async def observe(message: Any) -> None:
         nonlocal status, size, ended, inside
         if message["type"] == "http.response.start":
             status, inside = message["status"], context.get_current()  # which has the span that telemetry exports
@@ -171,7 +171,7 @@ async def service(scope: Scope, receive: Receive, send: Send) -> None:  # the ap
     if scope["type"] != "http":
         await app(scope, receive, observe)
         return write(pending)
-    path, answer = scope["path"].removeprefix(scope["root_path"]), cast("ASGIApp", app)
+    path, answer = scope["path"].removeprefix(scope["root_path"]), cast("Any", app)
     if path in PROBES and scope["method"] in {"GET", "HEAD"}:  # ready from the end of start-up until SIGTERM
         answer = Response(None, 200 if app.state.ready or path == "/livez" else 503, {"Cache-Control": "no-store"})
     elif scope.get("busy"):

@@ -312,7 +312,7 @@ threading.Thread(target=lambda: 1 / 0).start()
     assert process.said("bytes")
     assert process.said("an end that follows")
     assert process.said("trace me")[0]["level"] == "info"
-    assert "Stack" in process.said("trace me")[0]["stack_info"]
+    assert "Stack" in process.said("trace me")[0]["code.stacktrace"]
     for odd in ("b'\\xff'", "\\ud83d", "{'circle': {...}}"):  # what is no JSON is shown all the same
         assert odd in process.said("odd")[0].values()
     assert all(line["message"] == line["message"].strip() for line in process.lines)
