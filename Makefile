@@ -6,7 +6,7 @@ PORT      ?= 8000
 URL       ?= http://127.0.0.1:$(PORT)
 PYTHON    ?=
 LOCK      ?= requirements.txt
-TESTS     ?= test_main.py deploy
+TESTS     ?= test_main.py tests bench
 PLATFORMS ?= linux/amd64,linux/arm64
 ATTEST    ?= --provenance=mode=max --sbom=true
 RUN_FLAGS ?= --read-only --cap-drop ALL --security-opt no-new-privileges --memory 128m --pids-limit 64 \
@@ -76,7 +76,7 @@ run-host: .venv/ready
 
 .PHONY: smoke
 smoke: .venv/ready ## Test what answers at URL against the service's contract, with httpx
-	@URL=$(URL) .venv/bin/pytest --quiet -p no:cacheprovider -k test_contract test_main.py
+	@URL=$(URL) .venv/bin/pytest --quiet -p no:cacheprovider test_main.py
 
 .PHONY: logs
 logs: ## Show the log of the service and follow it
@@ -116,8 +116,8 @@ shell: engine ## Open a shell, which the image does not have, beside the same pa
 	$(ENGINE) run --rm --interactive $(shell test -t 0 && echo --tty) $(IMAGE)-shell
 
 .PHONY: size
-size: .venv/ready ## Measure the image: size, start, memory and rebuild, on each Python that it can be built from
-	@.venv/bin/pytest --quiet -p no:cacheprovider --capture no -k "budgets or edit" test_main.py
+size: .venv/ready ## Measure the image on each Python that it can be built from
+	@.venv/bin/pytest --quiet -p no:cacheprovider --capture no -k "small" tests/test_image.py
 
 .PHONY: bench
 bench: engine .venv/ready ## Measure the image beside the container of FastAPI's guide; FLAGS=--short only checks the goals
@@ -147,7 +147,7 @@ test: .venv/ready ## Run all tests; those of the container where an engine answe
 .PHONY: lint
 lint: .venv/ready ## Check style, types, the Dockerfile, shell scripts and workflows
 	$(RUFF) check $(STYLE) . && $(RUFF) format $(STYLE) --check .
-	$(TY) check --python .venv --extra-search-path . --extra-search-path deploy .
+	$(TY) check --python .venv --extra-search-path . .
 	$(HADOLINT) Dockerfile bench/*/Dockerfile && $(SHELLCHECK) .ci/run
 	$(ACTIONLINT) && $(ZIZMOR) .github
 

@@ -1,23 +1,19 @@
 """What kubernetes.yaml promises: schema, timeouts, and the pod that Podman makes of it, probed as a kubelet does."""
 
 import json
-import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import httpx
 import pytest
 
 import main
-from test_main import HERE, LIFESPAN, PYTHONS, UV, Container, Image, answers, free_port, run, wait_until
+from tests.harness import HERE, NAME, UV, Container, Image, answers, free_port, missing, run, wait_until
 
-pytest_plugins = ["test_main"]  # for its fixtures
-MANIFEST = Path(__file__).with_name("kubernetes.yaml")
+MANIFEST = HERE / "deploy/kubernetes.yaml"
 VALIDATOR = "kubernetes-validate@1.37.0"  # of the Kubernetes whose schemas it brings
-NAME = "fastapi-container-test"  # lest a pod that is in use is found
 CONTAINER = Container("podman", f"{NAME}-pod-{NAME}")
 
 
@@ -52,9 +48,8 @@ def environment(service) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def built() -> Image:
     if not shutil.which("podman"):
-        (pytest.fail if {"CI", "ENGINE"} & os.environ.keys() else pytest.skip)("Podman plays the manifest: install it")
-    run("make", "build", "ENGINE=podman", f"IMAGE={NAME}", cwd=HERE)
-    return Image("podman", PYTHONS[0], NAME)
+        missing("Podman plays the manifest: install it")
+    return Image.build("podman")
 
 
 @pytest.fixture
@@ -63,7 +58,7 @@ def play(manifest, service, environment, built, variant):
 
     @contextmanager
     def played(code: str = "", change: tuple[str, str] = ("", "")):
-        run("podman", "tag", (built.variant(variant(code)) if code else built).name, service["image"])
+        run("podman", "tag", (built.rebuilt(variant(code)) if code else built).name, service["image"])
         port = free_port()
         publish = f"--publish=127.0.0.1:{port}:{environment['PORT']}"
         try:
@@ -149,13 +144,16 @@ def test_pod_whose_steps_before_starting_fail_serves_nothing(play):
 
 def test_startup_probe_waits_longer_than_the_liveness_probe_would(play, service):
     slow = """
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from fastapi import FastAPI
 @asynccontextmanager
 async def slow(app: FastAPI) -> AsyncGenerator[None]:
     await asyncio.sleep(15)
     yield
 app.router.lifespan_context = slow
 """
-    with play(LIFESPAN + slow) as url, ThreadPoolExecutor() as pool:
+    with play(slow) as url, ThreadPoolExecutor() as pool:
         alive = pool.submit(kubelet, service["livenessProbe"], url)
         assert kubelet(service["startupProbe"], url)
         assert not alive.result()
@@ -174,7 +172,7 @@ async def block(seconds: int) -> None:
         assert kubelet(service["startupProbe"], url)
         for block, alive in ((probe["periodSeconds"], True), (60, False)):
             blocked = pool.submit(httpx.get, f"{url}/block/{block}", timeout=60)
-            wait_until(lambda text=f"blocked for {block}": said(text), 10)
+            wait_until(lambda text=f"blocked for {block}": said(text))
             assert kubelet(probe, url) is alive
         run("podman", "restart", f"--time={probe['terminationGracePeriodSeconds']}", CONTAINER.id)
         assert isinstance(blocked.exception(), httpx.TransportError)
@@ -186,7 +184,7 @@ def test_readiness_probe_alone_fails_while_a_pod_drains(play, manifest, service,
         assert kubelet(service["startupProbe"], url)
         since = time.time()
         down = pool.submit(run, "podman", "kube", "down", "-", input=manifest)
-        wait_until(lambda: not answers(url, "/readyz"), service["readinessProbe"]["periodSeconds"])
+        wait_until(lambda: not answers(url, "/readyz"))
         assert not kubelet(service["readinessProbe"], url)
         assert kubelet(service["livenessProbe"], url)
         down.result()

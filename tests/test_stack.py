@@ -3,50 +3,16 @@
 import asyncio
 import json
 import os
-import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 import httpx
 import pytest
 
-from test_main import HERE, PYTHONS, Container, Image, Load, free_port, run, wait_until
+from tests import harness
+from tests.harness import HERE, RATE, Clients, Container, Image, Load, free_port, missing, run, wait_until
 
-pytest_plugins = ("test_main",)  # for its fixtures
-NAME = "fastapi-container-stack-test"
-RATE, CONNECTIONS = 400, 40
-
-
-class Clients(Load):
-    """Keep-alive clients of the proxy that together send at a constant rate; it breaks no connection of theirs."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url, CONNECTIONS)
-        self.start = time.monotonic()
-        self.tls = httpx.create_ssl_context(verify=False)
-
-    async def connection(self) -> None:
-        while not self.over:
-            reader, writer = await asyncio.open_connection(self.address, self.port, ssl=self.tls)
-            try:
-                while not self.over:
-                    start = time.monotonic()
-                    writer.write(b"GET /items/5?q=somequery HTTP/1.1\r\nHost: test\r\n\r\n")
-                    async with asyncio.timeout(30):
-                        head = await reader.readuntil(b"\r\n\r\n")
-                        body = await reader.readexactly(int(head.partition(b"Content-Length: ")[2].split()[0]))
-                    assert (head[:12], body) == (b"HTTP/1.1 200", b'{"item_id":5,"q":"somequery"}')
-                    self.answered += 1
-                    await asyncio.sleep(start + CONNECTIONS / RATE - time.monotonic())
-            except (OSError, asyncio.IncompleteReadError, AssertionError) as error:
-                self.lost.append(
-                    f"sent at {start - self.start:.3f} s, {time.monotonic() - start:.3f} s later {error!r}"
-                )
-            finally:
-                writer.close()
-                with suppress(OSError):
-                    await writer.wait_closed()
+NAME = f"{harness.NAME}-stack"
 
 
 class Stack:
@@ -78,12 +44,12 @@ class Stack:
         """Make a change after a second of load, which goes on until the change has settled and a second longer."""
 
         async def until(_: Load) -> None:
-            await asyncio.to_thread(wait_until, lambda: load.answered > RATE, 10)
+            await asyncio.to_thread(wait_until, lambda: load.answered > RATE)
             start = time.monotonic()
             await asyncio.to_thread(change)
-            await asyncio.to_thread(wait_until, settled, 60)
+            await asyncio.to_thread(wait_until, settled, 120)
             changed, seconds, answered = start - load.start, time.monotonic() - start, load.answered
-            await asyncio.to_thread(wait_until, lambda: load.answered > answered + RATE, 10)
+            await asyncio.to_thread(wait_until, lambda: load.answered > answered + RATE)
             load.over = True
             print(
                 f"\nchanged at {changed:.3f} s, settled in {seconds:.1f} s, {load.answered} answered, {len(load.lost)} lost"
@@ -97,15 +63,14 @@ class Stack:
 @pytest.fixture(scope="module")
 def stack(engine):
     if engine != "docker":
-        pytest.skip("Swarm is Docker's")
-    run("make", "build", f"ENGINE={engine}", f"IMAGE={NAME}", cwd=HERE)
+        missing("Swarm is Docker's")
     if alone := run("docker", "info", "--format", "{{.Swarm.LocalNodeState}}") == "inactive":
         run("docker", "swarm", "init", "--advertise-addr=127.0.0.1", "--listen-addr=127.0.0.1")
-    stack = Stack(Image(engine, PYTHONS[0], NAME))
+    stack = Stack(Image.build(engine))
     run("docker", "stack", "rm", "--detach=false", NAME)  # what a run that was cut off has left
     try:
         stack.deploy()
-        wait_until(lambda: stack.get("/livez").status_code == 200, 20)
+        wait_until(lambda: stack.get("/livez").status_code == 200)
         yield stack
     finally:
         run("docker", "stack", "rm", "--detach=false", NAME)
@@ -123,7 +88,7 @@ def test_stack_believes_the_proxy_alone_about_the_client(stack):
     stack.get("/items/1", **forged)
     request = f"Request('http://127.0.0.1/items/2', headers={forged})"
     Container("docker", min(stack.replicas())).python_says(f"from urllib.request import *; urlopen({request})")
-    wait_until(lambda: stack.logged("/items/1") and stack.logged("/items/2"), 5)
+    wait_until(lambda: stack.logged("/items/1") and stack.logged("/items/2"))
     gateway = run("docker", "network", "inspect", "--format", "{{(index .IPAM.Config 0).Gateway}}", "docker_gwbridge")
     seen = [(line["client.address"], line["url.scheme"]) for line in map(stack.logged, ("/items/1", "/items/2"))]
     assert seen == [(gateway, "https"), ("127.0.0.1", "http")]
@@ -131,7 +96,7 @@ def test_stack_believes_the_proxy_alone_about_the_client(stack):
 
 def test_stack_loses_no_request_to_an_update(stack, variant):
     old = stack.replicas()
-    stack.image = stack.image.variant(variant('@app.get("/version")\nasync def version() -> int:\n    return 2'))
+    stack.image = stack.image.rebuilt(variant('@app.get("/version")\nasync def version() -> int:\n    return 2'))
     stack.loses_nothing(stack.deploy, lambda: not old & stack.replicas())
     assert stack.get("/version").text == "2"
 
@@ -139,14 +104,14 @@ def test_stack_loses_no_request_to_an_update(stack, variant):
 def test_stack_loses_no_request_to_a_replica_that_is_killed(stack):
     (killed, *_) = before = stack.replicas()
     stack.loses_nothing(
-        lambda: os.kill(Container("docker", killed).inspect("State.Pid"), signal.SIGKILL),
+        Container("docker", killed).kill,
         lambda: len(stack.replicas("--filter=health=healthy") - {killed}) == len(before),
     )
 
 
 def test_stack_loses_no_request_to_a_version_that_never_gets_ready_and_is_rolled_back(stack, variant):
     before = stack.replicas()
-    stack.image = stack.image.variant(variant("import time\ntime.sleep(3600)"))
+    stack.image = stack.image.rebuilt(variant("import time\ntime.sleep(3600)"))
     stack.loses_nothing(stack.deploy, lambda: stack.replicas() == before)
     state = run("docker", "service", "inspect", "--format", "{{.UpdateStatus.State}}", stack.service)
     assert state == "rollback_completed"

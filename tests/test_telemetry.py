@@ -8,23 +8,26 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from test_main import HALF, HERE, PYTHONS, TRACEPARENT, Image, Process, answers, run, wait_until
+from tests import harness
+from tests.harness import HERE, PYTHONS, TRACEPARENT, Image, Process, answers, run, wait_until
 
-pytest_plugins = ("test_main",)  # for its fixtures
-
-NAME = "fastapi-container-test:telemetry"
+NAME = f"{harness.NAME}-telemetry"
 SWITCH = "--env=FASTAPI_OTEL_AUTO_CONFIGURE=true"
 OPERATION = "GET /items/{item_id}"
 COUNT = 20
 
-BROKEN = (
-    HALF
-    + """
+BROKEN = """
+from fastapi.responses import StreamingResponse
+@app.get("/half")
+async def half():
+    async def chunks():
+        yield b"half"
+        raise LookupError
+    return StreamingResponse(chunks())
 @app.get("/broken")
 async def broken():
     raise LookupError
 """
-)
 
 # In the image itself, since what encodes the requests there decodes them as well.
 RECEIVER = """
@@ -85,7 +88,7 @@ def database(engine):
     name = f"{NAME}-database"
     run(engine, "build", "--tag", name, "-", input=DATABASE)
     with Image(engine, PYTHONS[0], name).container(flags=("--tmpfs=/tmp",), ready=False) as container:
-        wait_until(lambda: answers(container.url, "/health"), 20)
+        wait_until(lambda: answers(container.url, "/health"))
         yield container
 
 
@@ -113,26 +116,24 @@ def told(request, image, receiver, database):
     """What arrived from a service of so many processes that was stopped right after its last response."""
     service = f"items-{request.param}"
     flags = (
-        *(SWITCH, f"--env=OTEL_SERVICE_NAME={service}", f"--env=OTEL_EXPORTER_OTLP_ENDPOINT={receiver.url}"),
-        f"--env=OTEL_EXPORTER_OTLP_METRICS_ENDPOINT={database.url}/opentelemetry/v1/metrics",
+        *(SWITCH, f"--env=OTEL_SERVICE_NAME={service}", f"--env=OTEL_EXPORTER_OTLP_ENDPOINT=http://{receiver.address}"),
+        f"--env=OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=http://{database.address}/opentelemetry/v1/metrics",
         *("--env=DRAIN_SECONDS=0", "--memory=256m"),
     )
     with image.container("--workers", str(request.param), flags=flags) as container:
-        started = "Application startup complete."
-        wait_until(lambda: sum(line["message"] == started for line in container.logs()) == request.param, 20)
+        wait_until(lambda: len(container.said("Application startup complete")) == request.param)
         with pytest.raises(httpx.RemoteProtocolError):
             httpx.get(f"{container.url}/half")
         for path in ("/livez", "/readyz", "/items/foo", "/broken", *["/items/5?q=x"] * (COUNT - 1)):
             httpx.get(container.url + path)
         httpx.get(f"{container.url}/items/5", headers={"traceparent": TRACEPARENT})
-        status, seconds = container.stop()
+        status, _ = container.stop()
         lines = container.logs()
     requests = receiver.logs()
     spans = items(requests, service, "resourceSpans", "scopeSpans", "spans")
     return SimpleNamespace(
         processes=request.param,
         status=status,
-        seconds=seconds,
         lines=lines,
         access=[line for line in lines if "http.request.method" in line],
         spans=spans,
@@ -151,7 +152,7 @@ def counts(url: str, service: str) -> list[dict]:
 
 
 def test_telemetry_of_every_request_arrives_although_the_stop_follows_the_last_at_once(told):
-    assert (told.status, told.seconds < 5) == (0, True)
+    assert told.status == 0
     ok = {"http.route": "/items/{item_id}", "http.response.status_code": "200"}
     assert sum(span["name"] == OPERATION and ok.items() <= span["attributes"].items() for span in told.servers) == COUNT
     names = {name.replace(".", "_"): value for name, value in ok.items()}
@@ -194,18 +195,18 @@ def test_telemetry_of_a_request_that_does_not_validate_is_a_log_record(told):
 
 
 @pytest.mark.parametrize(
-    ("setting", "status", "limit"), [("TIMEOUT_GRACEFUL_SHUTDOWN=1", 1, 4), ("OTEL_EXPORTER_OTLP_TIMEOUT=1", 0, 6)]
+    ("setting", "status"), [("TIMEOUT_GRACEFUL_SHUTDOWN=1", 1), ("OTEL_EXPORTER_OTLP_TIMEOUT=1", 0)]
 )
-def test_telemetry_without_a_receiver_slows_no_request_and_does_not_hold_the_stop(image, setting, status, limit):
+def test_telemetry_without_a_receiver_slows_no_request_and_does_not_hold_the_stop(image, setting, status):
     """By itself an export tries for 10 s: the forced end comes first, or a shorter time is set."""
     endpoint = "--env=OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318"
     flags = (SWITCH, endpoint, f"--env={setting}", "--env=DRAIN_SECONDS=0", "--memory=128m")
     with image.container(flags=flags) as container:
         for _ in range(COUNT):
-            assert httpx.get(f"{container.url}/items/5", timeout=1).status_code == 200
-        code, seconds = container.stop()
+            assert httpx.get(f"{container.url}/items/5").status_code == 200
+        code, _ = container.stop()
         levels = {line["level"] for line in container.logs() if "export" in line["message"]}
-    assert (code, seconds < limit) == (status, True)
+    assert code == status
     assert set() < levels <= {"warning", "error"}
 
 

@@ -1,6 +1,6 @@
 """What the documentation pages promise: they work in a browser that reaches nothing but the service, below a prefix, too.
 
-`make test TESTS=deploy/test_pages.py SCREENSHOTS=deploy` writes the pictures of the README.
+`make test TESTS=tests/test_pages.py SCREENSHOTS=deploy` writes the pictures of the README.
 """
 
 import base64
@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from test_main import HERE, PYTHONS, run
+from tests import harness
+from tests.harness import Image, missing, run
 
-pytest_plugins = ("test_main",)  # for its fixtures
-NAME = "fastapi-container-pages-test"
+NAME = f"{harness.NAME}-pages"
 SITES = ("http://proxy/api", "http://service")
 BROWSER = """
 FROM python:3.14-slim
@@ -49,9 +49,8 @@ print(json.dumps(seen))
 def visit(engine, tmp_path_factory):
     """The service, and the same below /api behind a proxy that strips the prefix, on a network without a way out."""
     if engine != "docker":
-        pytest.skip("the proxy's image is Docker's")
-    service = f"{NAME}:{PYTHONS[0]}"
-    run("make", "build", f"ENGINE={engine}", f"IMAGE={service}", cwd=HERE)
+        missing("the proxy's image is Docker's")
+    service = Image.build(engine).name
     run(engine, "build", "--tag", f"{NAME}:browser", "-", input=BROWSER)
     routes = tmp_path_factory.mktemp("proxy") / "routes.yaml"
     routes.write_text("""http:

@@ -1,9 +1,39 @@
-"""The README's table of timeouts is true, and their order holds."""
+"""What the documents promise: their tables and figures are those of the files that they speak of."""
 
+import json
+import math
 import re
+import statistics
 
 import main
-from test_main import HERE
+from tests.harness import HERE
+
+
+def test_readme_lists_every_setting_with_its_default():
+    rows = re.findall(r"^\| `(\w+)` \| `(\S+)` \|", (HERE / "README.md").read_text(), re.MULTILINE)
+    fields = main.Settings.model_fields.items()
+    assert rows == [((field.alias or name).upper(), str(field.default)) for name, field in fields]
+
+
+def test_readme_gives_the_figures_that_the_benchmark_found():
+    figures = json.loads((HERE / "bench/results.json").read_text())["figures"]
+    (rate, ready, later, start) = (
+        statistics.median(figures[measure]["this project"])
+        for measure in (
+            "requests per CPU second, /items/5?q=somequery, 64 connections",
+            "MB of memory when ready",
+            "MB of memory after 100,000 requests",
+            "CPU seconds to the first answer",
+        )
+    )
+    readme = (HERE / "README.md").read_text()
+    for figure in (f"{rate:,.0f}", f"{ready:.1f} MB", f"{later:.1f} MB", f"{start:.2f}"):
+        assert f"| {figure} |" in readme
+    rows = re.findall(r"^\| (\d+,000) \| (\d+) \|", readme, re.MULTILINE)
+    assert len(rows) == 3
+    for requests, replicas in rows:
+        assert int(replicas) == math.ceil(int(requests.replace(",", "")) / (0.7 * rate)) + 1
+
 
 COMPOSE, STACK, KUBERNETES = (
     (HERE / f"deploy/{name}.yaml").read_text().lower() for name in ("compose", "stack", "kubernetes")

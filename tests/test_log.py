@@ -1,0 +1,240 @@
+"""What the log promises: one JSON object a line, one access line a request, ids of traces."""
+
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from tests.harness import HERE, TRACEPARENT, Process
+
+
+def test_every_line_is_json_from_the_first_to_the_last(variant):
+    source = variant("""
+import warnings
+print("a", "print", 1)
+print("to stderr", file=sys.stderr)
+warnings.warn("mind this")
+logging.getLogger("shop").info("sold %d", 3, extra={"customer": "x", "share": float("nan")})
+logging.getLogger("shop").info("%d", "no number")
+class Shy:
+    def __repr__(self):
+        raise LookupError("no repr")
+logging.getLogger("shop").info("shy", extra={"shy": Shy()})
+logging.getLogger("shop").info("half a pair: \\ud83d")
+circle = {}
+circle["circle"] = circle
+logging.getLogger("shop").info("trace me", extra={"level": "none", "timestamp": "never"}, stack_info=True)
+logging.getLogger("shop").info("odd", extra={"circle": circle, "raw": b"\\xff", "half": "\\ud83d"})
+sys.stdout.buffer.write(b"bytes\\n")
+print("an end that", end=" ")
+print("follows", end="", flush=True)
+threading.Thread(target=lambda: 1 / 0).start()
+""")
+    with Process(source=source, DRAIN_SECONDS="0") as process:
+        httpx.get(process.url)
+        assert process.terminate() == -signal.SIGTERM
+    stamp = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\+00:00")  # RFC 3339, in UTC
+    assert all(stamp.fullmatch(line["timestamp"]) and line["level"] and line["message"] for line in process.lines)
+    assert process.said("a print 1")
+    assert process.said("to stderr")
+    assert process.said("mind this")[0]["level"] == "warning"
+    assert process.said("to stderr")[0]["level"] == "error"
+    assert process.said("bytes")
+    assert process.said("an end that follows")
+    assert process.said("trace me")[0]["level"] == "info"
+    assert "Stack" in process.said("trace me")[0]["code.stacktrace"]
+    for odd in ("b'\\xff'", "\\ud83d", "{'circle': {...}}"):  # what is no JSON is shown all the same
+        assert odd in process.said("odd")[0].values()
+    assert all(line["message"] == line["message"].strip() for line in process.lines)
+    assert process.said("sold 3")[0]["customer"] == "x"
+    assert process.said("sold 3")[0]["share"] == "NaN"
+    assert f"'%d' at {source}:" in process.said("Cannot log")[0]["message"]
+    assert process.said("no repr")
+    assert process.said("half a pair: \\ud83d")
+    assert [line["exception.type"] for line in process.said("Uncaught exception")] == ["ZeroDivisionError"]
+    assert process.lines[-1]["message"].startswith("Finished server process")
+
+
+def test_error_at_start_is_one_line_with_its_traceback(variant):
+    process = Process(source=variant("import nonsense"))
+    assert process.end() == 1
+    (line,) = process.lines
+    assert (line["level"], line["exception.type"]) == ("critical", "ModuleNotFoundError")
+    assert "import nonsense" in line["exception.stacktrace"]
+
+
+def test_error_in_a_step_before_starting_is_one_line_with_its_traceback(variant):
+    path = variant("")
+    path.write_text(path.read_text().replace("    if (stop :=", '    raise OSError("no database")\n    if (stop :='))
+    process = Process("--prestart", source=path)
+    assert process.end() == 1
+    (line,) = process.lines
+    assert (line["level"], line["exception.type"]) == ("critical", "OSError")
+
+
+LIFESPAN = """
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from fastapi import FastAPI
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_lifespan_error_ends_the_start(variant, workers):
+    code = """
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+    raise OSError("no database")
+    yield
+app.router.lifespan_context = lifespan
+"""
+    process = Process("--workers", workers, source=variant(LIFESPAN + code))
+    assert process.end() == (3 if workers == "1" else 1)
+    assert process.said("no database")
+
+
+def test_terminal_gets_uvicorns_own_lines():
+    keyboard, screen = pty.openpty()
+    command = [sys.executable, HERE / "main.py", "--port", "0"]
+    with subprocess.Popen(command, stdin=screen, stdout=screen, stderr=screen) as popen:
+        os.close(screen)
+        text = ""
+        with open(keyboard, errors="replace", newline="") as lines:
+            for line in lines:
+                text += line
+                if url := re.search(r"http://127\.0\.0\.1:\d+", line):
+                    httpx.get(url[0] + "/livez")
+                    httpx.get(url[0] + "/items/5")
+                if "/items/5" in line:
+                    break
+        popen.kill()
+    assert "\x1b[32mINFO\x1b[0m" in text
+    assert '"\x1b[1mGET /items/5 HTTP/1.1\x1b[0m" \x1b[32m200 OK' in text
+    assert "/livez" not in text
+    assert "{" not in text
+
+
+def test_access_line_says_what_happened():
+    with Process() as process:
+        httpx.get(process.url + "/items/5?q=secret")
+        httpx.head(process.url + "/")
+        httpx.get(process.url + "/nothing")
+        process.wait_for("GET /nothing 404")
+    get, head, missing = process.access()
+    assert get.pop("timestamp")
+    assert get.pop("http.server.request.duration") > 0
+    assert get == {
+        "level": "info",
+        "message": "GET /items/5 200",
+        "http.request.method": "GET",
+        "url.scheme": "http",
+        "url.path": "/items/5",
+        "http.route": "/items/{item_id}",
+        "http.response.status_code": 200,
+        "http.response.body.size": len('{"item_id":5,"q":"secret"}'),
+        "client.address": "127.0.0.1",
+    }
+    assert (head["http.request.method"], head["http.response.body.size"]) == ("HEAD", 0)
+    assert missing["http.route"] is None
+
+
+def test_access_line_has_the_whole_template_of_an_included_route(variant):
+    source = variant("""
+from fastapi import APIRouter
+router = APIRouter(prefix="/books")
+@router.get("/{isbn}")
+async def read_book(isbn: str) -> str:
+    return isbn
+app.include_router(router, prefix="/v1")
+""")
+    with Process(source=source) as process:
+        httpx.get(process.url + "/v1/books/9")
+        assert process.wait_for("GET /v1/books/9 200")["http.route"] == "/v1/books/{isbn}"
+
+
+def test_access_line_is_one_a_request_and_none_for_a_probe_that_succeeds():
+    with Process() as process, httpx.Client(base_url=process.url) as client:
+        for path in ("/livez", "/readyz", "/", "/livez", "/", "/last"):
+            client.get(path)
+        process.wait_for("GET /last 404")
+    assert [line["url.path"] for line in process.access()] == ["/", "/", "/last"]
+
+
+def test_log_level_holds_for_every_logger(variant):
+    source = variant("""
+@app.get("/levels")
+async def levels() -> None:
+    for level in ("debug", "info", "warning"):
+        getattr(logging.getLogger("shop"), level)("said at %s", level)
+""")
+    for switch, levels in ("debug", ["debug", "info", "warning"]), ("warning", ["warning"]):
+        with Process("--log-level", switch, source=source) as process:
+            httpx.get(process.url + "/levels")
+            process.wait_for("said at warning")
+        assert [line["level"] for line in process.said("said at")] == levels
+
+
+@pytest.mark.parametrize("switch", ["--no-access-log", "--log-level=warning"])
+def test_access_log_obeys_uvicorns_switches(switch):
+    with Process(switch, DRAIN_SECONDS="0") as process:
+        httpx.get(process.url)
+        process.terminate()
+    assert not process.access()
+
+
+@pytest.mark.parametrize(
+    ("header", "ids"),
+    [
+        (TRACEPARENT, tuple(TRACEPARENT.split("-")[1:3])),
+        ("00-" + "0" * 32 + "-b7ad6b7169203331-01", (None, None)),
+        ("ff" + TRACEPARENT[2:], (None, None)),
+        ("nonsense", (None, None)),
+        (f"{TRACEPARENT}, {TRACEPARENT}", (None, None)),
+        ("", (None, None)),
+    ],
+)
+def test_trace_ids_come_from_a_valid_traceparent_alone(header, ids):
+    with Process() as process, httpx.Client(base_url=process.url) as client:
+        client.get("/", headers=[("traceparent", value) for value in header.split(", ")])
+        client.get("/after")  # on the same connection, without the header
+        process.wait_for("GET /after")
+    first, second = process.access()
+    assert (first.get("trace_id"), first.get("span_id")) == ids
+    assert "trace_id" not in second
+
+
+def test_trace_ids_do_not_leak_to_the_next_request_in_a_pipeline():
+    with Process() as process, socket.create_connection(("127.0.0.1", urlsplit(process.url).port)) as connection:
+        first = f"GET / HTTP/1.1\r\nHost: a\r\ntraceparent: {TRACEPARENT}\r\n\r\n"
+        connection.sendall(first.encode() + b"GET /after HTTP/1.1\r\nHost: a\r\n\r\n")
+        process.wait_for("GET /after")
+    assert ["trace_id" in line for line in process.access()] == [True, False]
+
+
+def test_path_forges_no_line():
+    with Process() as process:
+        httpx.get(process.url + "/%0A%7B%22level%22%3A%22critical%22%7D%0D%1B[31m%E2%80%A8")
+        line = process.wait_for("critical")
+    assert line["level"] == "info"
+    assert line["url.path"] == '/\n{"level":"critical"}\r\x1b[31m\u2028'
+
+
+def test_log_reader_that_is_gone_stops_no_service():
+    reader, writer = os.pipe()
+    with Process(output=writer) as process:
+        os.close(writer)
+        os.close(reader)
+        assert [httpx.get(process.url).status_code for _ in range(3)] == [200] * 3
+
+
+def test_closed_output_stops_no_service():
+    command = ("sh", "-c", 'exec "$0" "$@" >&-', sys.executable)
+    with Process(command=command) as process:
+        assert httpx.get(process.url).status_code == 200

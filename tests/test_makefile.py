@@ -1,0 +1,80 @@
+"""What the Makefile promises: a list of its targets, a sentence where something is missing."""
+
+import re
+import subprocess
+
+import pytest
+
+from tests.harness import HERE, NAME, free_port, make, run
+
+
+def test_make_alone_prints_every_target_with_a_sentence():
+    targets = set(re.findall(r"^\.PHONY: (\S+)", (HERE / "Makefile").read_text(), re.MULTILINE))
+    lines = run("make", cwd=HERE).splitlines()
+    assert {line.split()[1] for line in lines} == targets - {"base", "engine", "run-container", "run-host"}
+    assert all(len(line.split()) > 4 for line in lines)
+
+
+def test_make_run_without_an_engine_serves_on_this_host():
+    port = f"PORT={free_port()}"
+    status, output = make("run", "ENGINE=", port)
+    try:
+        assert (status, "No container engine answers" in output) == (0, True), output
+        assert make("smoke", port)[0] == 0
+    finally:
+        assert make("stop", "ENGINE=")[0] == 0
+
+
+def test_make_run_insists_on_the_engine_that_it_is_told():
+    status, output = make("run", "ENGINE=no-such-engine")
+    assert status != 0
+    assert "No container engine answers as no-such-engine: start Docker or Podman." in output
+
+
+@pytest.mark.parametrize("port", ["abc", "0", "65536", ""])
+def test_make_run_names_a_port_that_is_none(port):
+    assert make("run", f"PORT={port}")[1].splitlines()[0] == f"PORT={port}: takes a port from 1 to 65535."
+
+
+@pytest.mark.parametrize("target", ["stop", "logs"])
+@pytest.mark.parametrize(
+    ("engine", "where"), [("", ""), ("no-such-engine", " in no-such-engine as nothing-of-that-name")]
+)
+def test_make_says_that_nothing_runs(target, engine, where):
+    status, output = make(target, f"ENGINE={engine}", "NAME=nothing-of-that-name")
+    assert (status, output.splitlines()[0]) == (2, f"Nothing runs{where}: `make run` starts it.")
+
+
+@pytest.mark.parametrize("port", [str(free_port()), "abc"])
+def test_make_smoke_says_what_to_do_where_nothing_answers(port):
+    status, output = make("smoke", f"PORT={port}")
+    assert status != 0
+    assert "`make run` starts the service" in output
+    assert "Traceback" not in output
+
+
+def test_make_run_shows_the_log_of_a_container_that_does_not_become_healthy(engine):
+    flags = "RUN_FLAGS=--env DRAIN_SECONDS=abc"
+    status, output = make(
+        "run", f"ENGINE={engine}", f"IMAGE={NAME}", f"NAME={NAME}-broken", f"PORT={free_port()}", flags
+    )
+    run(engine, "rm", "--force", f"{NAME}-broken")
+    assert status != 0
+    assert "DRAIN_SECONDS=abc: Input should be a valid number" in output
+
+
+def test_make_run_and_smoke_end_with_every_check_passed(engine):
+    arguments = (f"ENGINE={engine}", f"IMAGE={NAME}", f"NAME={NAME}-run", f"PORT={free_port()}")
+    for _ in range(2):  # the second takes the place of the first
+        status, output = make("run", *arguments)
+        assert (status, "Documentation: http://127.0.0.1:" in output) == (0, True), output
+    status, output = make("smoke", *arguments)
+    assert (status, "passed" in output, "failed" in output) == (0, True, False)
+    assert make("stop", *arguments)[0] == 0
+
+
+def test_lock_is_what_the_head_of_main_py_asks_for(tmp_path):
+    lock = tmp_path / "requirements.txt"
+    lock.write_text((HERE / "requirements.txt").read_text())
+    subprocess.run(["make", "lock", f"LOCK={lock}"], check=True, cwd=HERE, stdout=subprocess.DEVNULL)
+    assert lock.read_text() == (HERE / "requirements.txt").read_text(), "`make lock` brings them together"

@@ -1,0 +1,121 @@
+"""What `python main.py` promises as a process: command line, output, answers on the wire."""
+
+import socket
+import struct
+import subprocess
+import sys
+from urllib.parse import urlsplit
+
+import httpx
+
+from tests.harness import HERE, UV, Process, answers, wait_until
+
+
+def test_help_and_version_are_text():
+    help_, version = (
+        subprocess.run([sys.executable, HERE / "main.py", option], capture_output=True, text=True, check=True).stdout
+        for option in ("--help", "--version")
+    )
+    assert help_.startswith("Usage: main.py [OPTIONS]")
+    assert version.startswith("Running uvicorn")
+
+
+def test_uv_run_serves():
+    with Process(command=(UV, "run", "--quiet", "--no-project", "--python", sys.executable)) as process:
+        assert httpx.get(process.url + "/").json() == {"Hello": "World"}
+
+
+def test_root_path_is_taken_off_and_shown_in_links():
+    with Process("--root-path", "/api") as process:
+        assert httpx.get(process.url + "/readyz").status_code == 200
+        assert "url: '/api/openapi.json'" in httpx.get(process.url + "/docs").text
+
+
+def test_answers_carry_the_headers_that_browsers_obey_and_do_not_name_the_server():
+    with Process() as process:
+        headers = httpx.get(process.url + "/docs").headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["content-security-policy"].startswith("default-src 'self'")
+    assert "http" not in headers["content-security-policy"]
+    assert "server" not in headers
+
+
+def test_response_is_one_packet():
+    with Process() as process, socket.create_connection(("127.0.0.1", urlsplit(process.url).port)) as connection:
+        connection.sendall(b"GET /items/5?q=somequery HTTP/1.1\r\nHost: service\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += connection.recv(65536)
+        information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
+        assert struct.unpack_from("I", information, 152) == (1,), "tcpi_data_segs_in of Linux' tcp_info"
+
+
+def test_client_that_sends_no_more_still_gets_its_answer():
+    with Process() as process:
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", urlsplit(process.url).port)) as connection:
+                connection.sendall(b"GET /items/5 HTTP/1.1\r\nHost: service\r\n\r\n")
+                connection.shutdown(socket.SHUT_WR)
+                assert connection.makefile("rb").read().endswith(b'{"item_id":5,"q":null}')
+
+
+PLAIN_ASGI = """
+async def plain(scope, receive, send):
+    await send({"type": "http.response.start", "status": 204})
+    await send({"type": "http.response.body"})
+app.mount("/plain", plain)
+"""
+
+
+def test_mounted_app_may_leave_out_what_asgi_lets_it(variant):
+    with Process(source=variant(PLAIN_ASGI)) as process:
+        assert httpx.get(process.url + "/plain/").status_code == 204
+        assert process.wait_for("GET /plain/ 204")["http.response.body.size"] == 0
+
+
+REUSED = """
+from fastapi.responses import StreamingResponse
+@app.get("/reused")
+async def reused():
+    async def chunks():
+        buffer = bytearray(10)
+        for digit in b"0123456789":
+            buffer[:] = bytes([digit]) * 10
+            yield memoryview(buffer)
+    return StreamingResponse(chunks(), headers={"Content-Length": "100"})
+"""
+
+
+def test_stream_from_one_buffer_comes_as_it_was_when_sent(variant):
+    with Process(source=variant(REUSED)) as process:
+        assert httpx.get(process.url + "/reused").text == "".join(digit * 10 for digit in "0123456789")
+
+
+ENDLESS = """
+from fastapi.responses import StreamingResponse
+made = 0
+@app.get("/endless")
+async def endless():
+    async def chunks():  # with never a wait of its own
+        global made
+        while True:
+            made += 1
+            yield bytes(1_000_000)
+    return StreamingResponse(chunks())
+@app.get("/made")
+async def read_made() -> int:
+    return made
+"""
+
+
+def test_stream_waits_for_a_client_that_does_not_read(variant):
+    with Process(source=variant(ENDLESS)) as process, httpx.stream("GET", process.url + "/endless"):
+        assert 0 < httpx.get(process.url + "/made", timeout=20).json() < 100
+
+
+def test_reload_serves_the_change_and_does_not_drain(variant):
+    source = variant("")
+    with Process("--reload", "--reload-dir", str(source.parent), source=source) as process:
+        source.write_text(source.read_text().replace('Hello="World"', 'Hello="again"'))
+        wait_until(lambda: answers(process.url) and httpx.get(process.url).json() == {"Hello": "again"}, 20)
+    assert process.said("Shutting down in 0 s")

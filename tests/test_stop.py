@@ -1,0 +1,125 @@
+"""What the stop promises: unready at once, serving through the drain, an end for what stays open."""
+
+import os
+import re
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.harness import Process, wait_until
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_sigterm_makes_unready_at_once_but_serves_through_the_drain(workers):
+    with Process("--workers", workers, DRAIN_SECONDS="2") as process, httpx.Client(base_url=process.url) as open_one:
+        process.wait_for("Application startup complete", int(workers))
+        open_one.get("/")
+        process.popen.terminate()
+        wait_until(lambda: httpx.get(process.url + "/readyz").status_code == 503)
+        start = time.monotonic()
+        assert httpx.get(process.url + "/livez").status_code == 200
+        last = open_one.get("/")
+        assert (last.status_code, last.headers["connection"]) == (200, "close")
+        assert httpx.get(process.url + "/").status_code == 200
+        process.wait_for("GET /readyz 503")  # a probe that fails is worth a line
+        process.end()
+        assert time.monotonic() - start > 1
+    assert len(process.said("Shutting down in 2 s")) == int(workers)
+    assert len(process.said("Finished server process")) == int(workers)
+
+
+def test_sigterm_to_the_whole_group_is_one_for_each_worker():
+    with Process("--workers", "2", DRAIN_SECONDS="2") as process:
+        process.wait_for("Application startup complete", 2)
+        os.killpg(process.popen.pid, signal.SIGTERM)
+        process.wait_for("Shutting down in", 2)
+        start = time.monotonic()
+        process.end()
+        assert time.monotonic() - start > 1
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_second_sigterm_ends_the_drain(workers):
+    with Process("--workers", workers, DRAIN_SECONDS="60") as process:
+        process.wait_for("Application startup complete", int(workers))
+        process.popen.terminate()
+        process.wait_for("Shutting down in 60 s", int(workers))
+        process.popen.terminate()
+        process.end()
+    assert len(process.said("Finished server process")) == int(workers)
+
+
+HOLD = """
+from fastapi.responses import StreamingResponse
+@app.get("/hold")
+async def hold():
+    async def chunks():
+        yield str(os.getpid())
+        await asyncio.sleep(60)
+    return StreamingResponse(chunks())
+"""
+
+
+def test_second_sigterm_reaches_the_worker_that_is_left(variant):
+    process = Process("--workers", "2", source=variant(HOLD), DRAIN_SECONDS="0", TIMEOUT_GRACEFUL_SHUTDOWN="60")
+    with process, httpx.Client() as client:
+        process.wait_for("Application startup complete", 2)
+        workers = [int(re.findall(r"\d+", line["message"])[0]) for line in process.said("Started server process")]
+        for _ in range(100):  # until the kernel gives it to the worker that was started last
+            response = client.send(client.build_request("GET", process.url + "/hold"), stream=True)
+            chunks = response.iter_text()  # which closes the connection when it is gone
+            if next(chunks) == str(max(workers)):
+                break
+            response.close()
+        process.popen.terminate()
+        wait_until(lambda: not Path(f"/proc/{min(workers)}").exists())
+        process.popen.terminate()
+        process.end()
+
+
+def test_interrupt_from_the_keyboard_does_not_drain():
+    with Process(DRAIN_SECONDS="60") as process:
+        process.popen.send_signal(signal.SIGINT)
+        process.end()
+    assert process.said("Finished server process")
+
+
+SLOW = """
+from fastapi.responses import StreamingResponse
+@app.get("/slow")
+async def slow() -> str:
+    print("slow has begun")
+    await asyncio.sleep(1)
+    return "done"
+@app.get("/stream")
+async def stream():
+    async def chunks():
+        while True:
+            yield b"tick"
+            await asyncio.sleep(0.1)
+    return StreamingResponse(chunks())
+"""
+
+
+def test_request_in_flight_at_sigterm_finishes(variant):
+    with Process(source=variant(SLOW), DRAIN_SECONDS="0") as process, ThreadPoolExecutor() as pool:
+        response = pool.submit(httpx.get, process.url + "/slow")
+        process.wait_for("slow has begun")
+        process.terminate()
+        assert response.result().json() == "done"
+    assert process.said("GET /slow 200")
+
+
+def test_open_stream_cannot_hold_the_stop(variant):
+    process = Process(source=variant(SLOW), DRAIN_SECONDS="0", UVICORN_TIMEOUT_GRACEFUL_SHUTDOWN="1")
+    with process, httpx.stream("GET", process.url + "/stream") as response:
+        chunks = response.iter_raw()
+        assert next(chunks) == b"tick"
+        start = time.monotonic()
+        process.terminate()
+        assert time.monotonic() - start >= 1
+    assert process.said("timeout graceful shutdown exceeded")
