@@ -42,6 +42,7 @@ class Settings(BaseModel, frozen=True, validate_by_name=True):
     timeout_keep_alive: int = Field(75, ge=1, le=3600, description="seconds for a request")  # > load balancers' 60 s
     drain_seconds: float = Field(3 * ("--reload" not in sys.argv), ge=0, le=3600, description="seconds after SIGTERM")
     timeout_graceful_shutdown: int = Field(5, ge=0, le=3600, description="seconds that requests then get to finish")
+    hello: str = Field("World", description="whom `GET /` says hello to")
     stop_seconds: int = Field(10, ge=1, description="seconds from SIGTERM to SIGKILL, which whoever stops it decides")
 
 
@@ -112,7 +113,6 @@ except ValidationError as error:
 TELEMETRY: Any = dict.fromkeys(("tracing", "metrics", "logs"), "OTEL_" in " ".join(os.environ))  # 7 µs when idle
 
 
-# --- The service: this part is yours ---
 def prestart() -> None:
     """Steps before starting: `python main.py --prestart`, before replicas. Yours go to its end, fit to be repeated."""
     if (stop := settings.drain_seconds + settings.timeout_graceful_shutdown + 1) >= settings.stop_seconds:
@@ -123,6 +123,7 @@ def prestart() -> None:
                 sys.exit(f"WEB_CONCURRENCY={settings.workers} needs {need} MB of memory, the limit is {limit} MB")
 
 
+# --- Your service: everything that you add goes here ---
 app = FastAPIOffline(title="Items", version="1.0.0", max_body_size=settings.max_body_bytes, telemetry=TELEMETRY)
 
 
@@ -146,7 +147,7 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
     return Item(item_id=item_id, q=q)
 
 
-# --- What every service answers ---
+# --- The container's side: probes, log, limits, settings, start and stop ---
 app.add_exception_handler(Exception, lambda *_: JSONResponse({"detail": "Internal Server Error"}, 500))
 app.state.ready = False
 

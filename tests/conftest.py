@@ -12,20 +12,21 @@ from tests.harness import PYTHONS, Image, missing, run, write_variant
 
 
 def pytest_configure(config) -> None:
-    config.addinivalue_line("markers", "engine: needs Docker or Podman")
+    config.addinivalue_line("markers", "check: of `make check` alone, since it needs an engine or minutes")
+    config.addinivalue_line("markers", "contract: runs test_main.py, so it fails where that does")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
-    """What needs an engine is marked so: `-m "not engine"` runs the rest."""
+    """What needs an engine is not of `make test`."""
     for item in items:
         if "engine" in item.fixturenames:
-            item.add_marker("engine")
+            item.add_marker("check")
 
 
 @pytest.fixture
 def variant(tmp_path):
-    """Writes somebody's own service: main.py with more code in it."""
+    """Writes somebody's own main.py: the service of the tests with more code in it."""
 
     def write(code: str = "") -> Path:
         return write_variant(tmp_path / "main.py", code)

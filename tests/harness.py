@@ -1,18 +1,22 @@
 """What the tests and the benchmark share: commands, the service as a process and as a container, and its clients."""
 
 import asyncio
+import atexit
 import hashlib
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import closing, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
@@ -47,6 +51,12 @@ def make(*arguments: str) -> tuple[int, str]:
     """The exit status of make, and all that it prints."""
     result = subprocess.run(["make", *arguments], cwd=HERE, capture_output=True, text=True, check=False)
     return result.returncode, result.stdout + result.stderr
+
+
+def check_contract(url: str) -> None:
+    """Run the user's own tests against this URL."""
+    command = (sys.executable, "-m", "pytest", "-W", "error", "-p", "no:cacheprovider", "test_main.py")
+    run(*command, cwd=HERE, env=os.environ | {"URL": url})
 
 
 def missing(reason: str) -> NoReturn:
@@ -90,13 +100,16 @@ def entry(line: str) -> dict:
 
 
 class Process:
-    """`python main.py` with these arguments and settings, whose output is read line by line."""
+    """`python main.py` with these arguments and settings, whose output is read line by line.
+
+    By itself with the service of the tests; `source` is another main.py.
+    """
 
     def __init__(
         self,
         *arguments: str,
         command: tuple[str | Path, ...] = (sys.executable,),
-        source: Path = HERE / "main.py",
+        source: Path | None = None,
         output: int = subprocess.PIPE,
         **environment: str,
     ) -> None:
@@ -104,7 +117,7 @@ class Process:
         self.url = f"http://127.0.0.1:{port}"
         clean = {name: value for name, value in os.environ.items() if name in {"PATH", "HOME", "SSL_CERT_FILE"}}
         self.popen = subprocess.Popen(
-            [*command, source, *arguments],
+            [*command, source or frozen(), *arguments],
             env=clean | environment,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -157,28 +170,50 @@ class Process:
         return self.end()
 
 
-def write_variant(path: Path, code: str) -> Path:
-    """Somebody's own service: main.py with more code in it."""
-    service, separator, running = (HERE / "main.py").read_text().partition("# --- Running it")
-    path.write_text(service + code + "\n\n" + separator + running)
+# The two headings of main.py, between which its service is.
+SERVICE = "# --- Your service: everything that you add goes here ---\n"
+CONTAINER = "# --- The container's side: probes, log, limits, settings, start and stop ---\n"
+
+
+def with_service(code: str) -> str:
+    """main.py with this code in the place of its service."""
+    head, service, rest = (HERE / "main.py").read_text().partition(SERVICE)
+    _, container, side = rest.partition(CONTAINER)
+    assert service, f"main.py lacks the line {SERVICE}"
+    assert container, f"main.py lacks the line {CONTAINER}"
+    return f"{head}{service}\n{code}\n\n{container}{side}"
+
+
+def write_variant(path: Path, code: str = "") -> Path:
+    """main.py with the service of the tests, and with more code of somebody's own."""
+    path.write_text(with_service((HERE / "tests/service.py").read_text() + code))
     path.chmod(0o644)  # a container's user reads it
     return path
+
+
+@cache
+def frozen() -> Path:
+    """main.py with the service of the tests in the place of the user's."""
+    folder = Path(tempfile.mkdtemp(prefix="service-"))
+    atexit.register(shutil.rmtree, folder)
+    return write_variant(folder / "main.py")
 
 
 # --- A container ---
 
 
 class Image:
-    """The image that `make build` builds, and its containers."""
+    """The image that `make build` builds, and its containers, each with these flags of the engine."""
 
-    def __init__(self, engine: str, python: str, name: str, flags: tuple[str, ...] = ()) -> None:
+    def __init__(self, engine: str, python: str, name: str, *flags: str) -> None:
         self.engine, self.python, self.name, self.flags = engine, python, name, flags
 
     @classmethod
     def build(cls, engine: str, python: str = PYTHONS[0]) -> "Image":
+        """Build the image of this checkout; its containers run the service of the tests, mounted."""
         name = f"{NAME}:{python}"
         run("make", "build", f"ENGINE={engine}", f"PYTHON={python}", f"IMAGE={name}", cwd=HERE)
-        return cls(engine, python, name)
+        return cls(engine, python, name).variant(frozen())
 
     @contextmanager
     def container(self, *arguments: str, flags: tuple[str, ...] = (), port: int = 80, ready: bool = True):
@@ -200,7 +235,7 @@ class Image:
 
     def variant(self, source: Path) -> "Image":
         """The same with another main.py, mounted in its place."""
-        return Image(self.engine, self.python, self.name, (*self.flags, f"--volume={source}:/app/main.py:ro"))
+        return Image(self.engine, self.python, self.name, f"--volume={source}:/app/main.py:ro")
 
     def rebuilt(self, source: Path) -> "Image":
         """The same with another main.py, as its user would build it."""

@@ -58,7 +58,7 @@ def play(manifest, service, environment, built, variant):
 
     @contextmanager
     def played(code: str = "", change: tuple[str, str] = ("", "")):
-        run("podman", "tag", (built.rebuilt(variant(code)) if code else built).name, service["image"])
+        run("podman", "tag", built.rebuilt(variant(code)).name, service["image"])
         port = free_port()
         publish = f"--publish=127.0.0.1:{port}:{environment['PORT']}"
         try:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from tests.harness import HERE, TRACEPARENT, Process
+from tests.harness import TRACEPARENT, Process, frozen
 
 
 def test_every_line_is_json_from_the_first_to_the_last(variant):
@@ -71,9 +71,7 @@ def test_error_at_start_is_one_line_with_its_traceback(variant):
 
 
 def test_error_in_a_step_before_starting_is_one_line_with_its_traceback(variant):
-    path = variant("")
-    path.write_text(path.read_text().replace("    if (stop :=", '    raise OSError("no database")\n    if (stop :='))
-    process = Process("--prestart", source=path)
+    process = Process("--prestart", source=variant('def prestart():\n    raise OSError("no database")'))
     assert process.end() == 1
     (line,) = process.lines
     assert (line["level"], line["exception.type"]) == ("critical", "OSError")
@@ -102,7 +100,7 @@ app.router.lifespan_context = lifespan
 
 def test_terminal_gets_uvicorns_own_lines():
     keyboard, screen = pty.openpty()
-    command = [sys.executable, HERE / "main.py", "--port", "0"]
+    command = [sys.executable, frozen(), "--port", "0"]
     with subprocess.Popen(command, stdin=screen, stdout=screen, stderr=screen) as popen:
         os.close(screen)
         text = ""

@@ -50,7 +50,8 @@ def visit(engine, tmp_path_factory):
     """The service, and the same below /api behind a proxy that strips the prefix, on a network without a way out."""
     if engine != "docker":
         missing("the proxy's image is Docker's")
-    service = Image.build(engine).name
+    image = Image.build(engine)
+    service = (*image.flags, image.name)
     run(engine, "build", "--tag", f"{NAME}:browser", "-", input=BROWSER)
     routes = tmp_path_factory.mktemp("proxy") / "routes.yaml"
     routes.write_text("""http:
@@ -77,8 +78,8 @@ def visit(engine, tmp_path_factory):
     run("sh", "-c", clean)  # what a run that was cut off has left
     run(engine, "network", "create", "--internal", NAME)
     try:
-        run(*start, "service", f"--name={NAME}-service", service)
-        run(*start, "prefixed", f"--name={NAME}-prefixed", service, "--root-path", "/api")
+        run(*start, "service", f"--name={NAME}-service", *service)
+        run(*start, "prefixed", f"--name={NAME}-prefixed", *service, "--root-path", "/api")
         run(*start, "proxy", f"--name={NAME}-proxy", f"--volume={routes}:/routes.yaml:ro", *proxy)
         for site in SITES:
             run(*ask, f"{site}/readyz")

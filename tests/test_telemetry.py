@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests import harness
-from tests.harness import HERE, PYTHONS, TRACEPARENT, Image, Process, answers, run, wait_until
+from tests.harness import HERE, PYTHONS, TRACEPARENT, Image, Process, answers, run, wait_until, write_variant
 
 NAME = f"{harness.NAME}-telemetry"
 SWITCH = "--env=FASTAPI_OTEL_AUTO_CONFIGURE=true"
@@ -70,8 +70,8 @@ def image(engine, tmp_path_factory) -> Image:
     for name in ("Makefile", "Dockerfile", ".dockerignore", "requirements.txt", "test_main.py"):
         shutil.copy2(HERE / name, directory)  # no younger than there, or make would install uv again
     (directory / ".venv").symlink_to(HERE / ".venv")
-    source = (HERE / "main.py").read_text().replace('"fastapi", ', '"fastapi[opentelemetry]", ')
-    (directory / "main.py").write_text(source.replace("# --- Running it", f"{BROKEN}\n\n# --- Running it"))
+    source = write_variant(directory / "main.py", BROKEN)
+    source.write_text(source.read_text().replace('"fastapi",', '"fastapi[opentelemetry]",'))
     run("make", "lock", "build", f"ENGINE={engine}", f"IMAGE={NAME}", cwd=directory)
     return Image(engine, PYTHONS[0], NAME)
 

@@ -1,0 +1,49 @@
+"""The service that the tests of the container's side run: it stands in main.py in the place of yours, and stays as it is."""
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+from pydantic import BaseModel, Field
+
+
+class Settings(BaseModel):
+    """The settings of the service, each a variable of its name in capitals."""
+
+    hello: str = Field("World", description="whom `GET /` says hello to")
+
+
+settings = Settings()  # until main.py reads it from the environment
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+    yield
+
+
+def prestart() -> None:
+    """Steps before starting."""
+
+
+app = FastAPIOffline(title="Items", version="1.0.0", lifespan=lifespan)
+
+
+class Greeting(BaseModel):
+    Hello: str = Field(examples=["World"])
+
+
+class Item(BaseModel):
+    item_id: int = Field(examples=[5])
+    q: str | None = Field(examples=["somequery"])
+
+
+@app.head("/", include_in_schema=False)
+@app.get("/", summary="Say hello")
+async def read_root() -> Greeting:
+    return Greeting(Hello=settings.hello)
+
+
+@app.get("/items/{item_id}", summary="Read an item")
+async def read_item(item_id: int, q: str | None = None) -> Item:
+    return Item(item_id=item_id, q=q)
