@@ -1,7 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["pytest==9.2.0", "trustme==1.2.1"]
-# ///
 """The contract of your service: of main.py in this process, or by `make smoke` of whatever answers at URL.
 
 Your routes come first. What follows holds for any service, so leave it as it is.

@@ -30,6 +30,7 @@ for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PORT"):
 
 HERE = Path(__file__).parent.parent
 UV = Path(sys.executable).parent / "uv"
+FIVE = ("main.py", "test_main.py", "Dockerfile", "requirements.txt", "Makefile")
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 # The Pythons that the image can be built from; the first is the Dockerfile's own.
 PYTHONS = ("3.15", "3.14")
@@ -47,10 +48,25 @@ def run(*command: str | Path, **options) -> str:
     return result.stdout.strip()
 
 
-def make(*arguments: str) -> tuple[int, str]:
+def make(*arguments: str, folder: Path = HERE) -> tuple[int, str]:
     """The exit status of make, and all that it prints."""
-    result = subprocess.run(["make", *arguments], cwd=HERE, capture_output=True, text=True, check=False)
+    result = subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, check=False)
     return result.returncode, result.stdout + result.stderr
+
+
+def copy_five(folder: Path) -> Path:
+    """A copy of the five files that are a project by themselves."""
+    for name in FIVE:
+        shutil.copy2(HERE / name, folder)
+    return folder
+
+
+def copy_project(folder: Path) -> Path:
+    """A copy of the five files, with .dockerignore and the virtual environment of this checkout."""
+    copy_five(folder)
+    shutil.copy2(HERE / ".dockerignore", folder)
+    (folder / ".venv").symlink_to(HERE / ".venv")
+    return folder
 
 
 def check_contract(url: str) -> None:
@@ -212,7 +228,7 @@ class Image:
     def build(cls, engine: str, python: str = PYTHONS[0]) -> "Image":
         """Build the image of this checkout; its containers run the service of the tests, mounted."""
         name = f"{NAME}:{python}"
-        run("make", "build", f"ENGINE={engine}", f"PYTHON={python}", f"IMAGE={name}", cwd=HERE)
+        run("make", "build", f"ENGINE={engine}", f"BASE_PYTHON={python}", f"IMAGE={name}", cwd=HERE)
         return cls(engine, python, name).variant(frozen())
 
     @contextmanager

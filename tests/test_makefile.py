@@ -1,20 +1,45 @@
 """What the Makefile promises: a list of its targets, a sentence where something is missing."""
 
-import re
-import subprocess
-
 import pytest
 
-from tests.harness import HERE, NAME, free_port, make, run
+from tests.harness import HERE, NAME, copy_project, free_port, make, run
 
 
-def test_make_alone_prints_every_target_with_a_sentence():
-    targets = set(re.findall(r"^\.PHONY: (\S+)", (HERE / "Makefile").read_text(), re.MULTILINE))
+def test_make_alone_prints_targets_in_sections_each_with_a_sentence():
     lines = run("make", cwd=HERE).splitlines()
-    assert {line.split()[1] for line in lines} == targets - {"base", "engine", "run-container", "run-host"}
-    assert all(len(line.split()) > 4 for line in lines)
+    targets = [line.split(maxsplit=2) for line in lines if line.startswith("  make ")]
+    assert all(sentence[0].isupper() and len(sentence.split()) > 2 for _, _, sentence in targets)
+    assert {"build", "run", "smoke", "test", "lint", "stop", "check"} <= {target for _, target, _ in targets}
+    assert {line for line in lines if line and not line.startswith("  make ")} >= {"The container", "Development"}
 
 
+def test_labels_say_that_a_tree_is_dirty_and_nothing_of_a_commit_where_there_is_none(tmp_path):
+    def labels() -> str:
+        return make("--dry-run", "build", "ENGINE=true", folder=tmp_path)[1]
+
+    copy_project(tmp_path)
+    assert "image.revision" not in labels()
+    run("git", "init", "--quiet", cwd=tmp_path)
+    run("git", "add", "main.py", cwd=tmp_path)
+    run("git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message=a", cwd=tmp_path)
+    revision = run("git", "rev-parse", "HEAD", cwd=tmp_path)
+    assert f"image.revision={revision} " in labels()
+    with open(tmp_path / "main.py", "a") as source:
+        source.write("# edited\n")
+    assert f"image.revision={revision}-dirty " in labels()
+    assert "fatal" not in labels()
+
+
+def test_edit_of_test_main_py_sets_nothing_up_again(tmp_path):
+    copy_project(tmp_path)
+    (tmp_path / "test_main.py").touch()
+    assert "up to date" in make("--dry-run", ".venv/ready", folder=tmp_path)[1]
+    (tmp_path / "requirements.txt").touch()
+    assert "python3 -m venv .venv" in make("--dry-run", ".venv/ready", folder=tmp_path)[1]
+
+
+@pytest.mark.contract
+@pytest.mark.xdist_group("host")
 def test_make_run_without_an_engine_serves_on_this_host():
     port = f"PORT={free_port()}"
     status, output = make("run", "ENGINE=", port)
@@ -36,6 +61,7 @@ def test_make_run_names_a_port_that_is_none(port):
     assert make("run", f"PORT={port}")[1].splitlines()[0] == f"PORT={port}: takes a port from 1 to 65535."
 
 
+@pytest.mark.xdist_group("host")
 @pytest.mark.parametrize("target", ["stop", "logs"])
 @pytest.mark.parametrize(
     ("engine", "where"), [("", ""), ("no-such-engine", " in no-such-engine as nothing-of-that-name")]
@@ -45,7 +71,7 @@ def test_make_says_that_nothing_runs(target, engine, where):
     assert (status, output.splitlines()[0]) == (2, f"Nothing runs{where}: `make run` starts it.")
 
 
-@pytest.mark.parametrize("port", [str(free_port()), "abc"])
+@pytest.mark.parametrize("port", ["1", "abc"])
 def test_make_smoke_says_what_to_do_where_nothing_answers(port):
     status, output = make("smoke", f"PORT={port}")
     assert status != 0
@@ -63,6 +89,7 @@ def test_make_run_shows_the_log_of_a_container_that_does_not_become_healthy(engi
     assert "DRAIN_SECONDS=abc: Input should be a valid number" in output
 
 
+@pytest.mark.contract
 def test_make_run_and_smoke_end_with_every_check_passed(engine):
     arguments = (f"ENGINE={engine}", f"IMAGE={NAME}", f"NAME={NAME}-run", f"PORT={free_port()}")
     for _ in range(2):  # the second takes the place of the first
@@ -76,5 +103,5 @@ def test_make_run_and_smoke_end_with_every_check_passed(engine):
 def test_lock_is_what_the_head_of_main_py_asks_for(tmp_path):
     lock = tmp_path / "requirements.txt"
     lock.write_text((HERE / "requirements.txt").read_text())
-    subprocess.run(["make", "lock", f"LOCK={lock}"], check=True, cwd=HERE, stdout=subprocess.DEVNULL)
+    run("make", "lock", f"LOCK={lock}", cwd=HERE)
     assert lock.read_text() == (HERE / "requirements.txt").read_text(), "`make lock` brings them together"

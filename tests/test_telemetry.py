@@ -1,7 +1,6 @@
 """What leaves over OTLP, each by a test: built with fastapi[opentelemetry], received by VictoriaMetrics and by a decoder."""
 
 import base64
-import shutil
 import time
 from types import SimpleNamespace
 
@@ -9,7 +8,18 @@ import httpx
 import pytest
 
 from tests import harness
-from tests.harness import HERE, PYTHONS, TRACEPARENT, Image, Process, answers, run, wait_until, write_variant
+from tests.harness import (
+    HERE,
+    PYTHONS,
+    TRACEPARENT,
+    Image,
+    Process,
+    answers,
+    copy_project,
+    run,
+    wait_until,
+    write_variant,
+)
 
 NAME = f"{harness.NAME}-telemetry"
 SWITCH = "--env=FASTAPI_OTEL_AUTO_CONFIGURE=true"
@@ -67,9 +77,7 @@ ENTRYPOINT ["victoria-metrics", "-httpListenAddr=:80", "-storageDataPath=/tmp", 
 def image(engine, tmp_path_factory) -> Image:
     """As somebody builds it who follows the README, with two operations that fail."""
     directory = tmp_path_factory.mktemp("telemetry")
-    for name in ("Makefile", "Dockerfile", ".dockerignore", "requirements.txt", "test_main.py"):
-        shutil.copy2(HERE / name, directory)  # no younger than there, or make would install uv again
-    (directory / ".venv").symlink_to(HERE / ".venv")
+    copy_project(directory)
     source = write_variant(directory / "main.py", BROKEN)
     source.write_text(source.read_text().replace('"fastapi",', '"fastapi[opentelemetry]",'))
     run("make", "lock", "build", f"ENGINE={engine}", f"IMAGE={NAME}", cwd=directory)

