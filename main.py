@@ -1,130 +1,52 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["fastapi", "fastapi-offline", "httptools", "httpx", "uvicorn", "uvloop; sys_platform != 'win32'"]
+# dependencies = [
+#     "anyio", "click", "fastapi", "fastapi-offline", "httptools", "httpx", "opentelemetry-api", "pydantic",
+#     "pydantic-core", "starlette", "uvicorn>=0.54,<0.55", "uvloop; sys_platform != 'win32'",
+# ]
 # ///
-"""A FastAPI service in one file. The part headed "The service" is yours; the rest makes it at home in a container."""
+"""A FastAPI service in one file. First comes the service, which is yours; then what makes it at home in a container."""
 
-import asyncio
-import faulthandler
-import io
-import logging.config
-import os
-import select
 import signal
-import socket
 import sys
-import threading
-from contextlib import suppress
-from datetime import UTC, datetime
-from time import perf_counter
-from types import SimpleNamespace
-from typing import Any, Literal, cast
-from urllib.parse import unquote
 
-import click
-import uvicorn.supervisors
-from fastapi.responses import JSONResponse, Response
-from fastapi_offline import FastAPIOffline
-from opentelemetry import context, propagate, trace
-from pydantic import BaseModel, Field, ValidationError
-from pydantic_core import to_json
-from uvicorn.config import LOGGING_CONFIG, STARTUP_FAILURE
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+if __name__ == "__main__":  # as the first process of a container it would not hear SIGTERM until uvicorn listens to it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from pydantic import BaseModel, Field
+
+# --- Your service: everything that you add goes here ---
 
 
-# --- Settings: environment variables of the same names, in capitals; an empty one counts as unset ---
-class Settings(BaseModel, frozen=True, validate_by_name=True):
-    port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one")
-    log_level: Literal["critical", "error", "warning", "info", "debug", "trace"] = Field("info", description="severity")
-    workers: int = Field(1, ge=1, alias="web_concurrency", description="processes that serve")  # WORKERS is not read
-    max_body_bytes: int = Field(1_048_576, ge=0, description="bytes of the largest request body; beyond it: 413")
-    max_concurrency: int = Field(256, ge=1, description="requests that a process serves at once; beyond it: 503")
-    timeout_keep_alive: int = Field(75, ge=1, le=3600, description="seconds for a request")  # > load balancers' 60 s
-    drain_seconds: float = Field(3 * ("--reload" not in sys.argv), ge=0, le=3600, description="seconds after SIGTERM")
-    timeout_graceful_shutdown: int = Field(5, ge=0, le=3600, description="seconds that requests then get to finish")
+class Settings(BaseModel):
+    """Your settings, each a variable of its name in capitals, or a file that `<NAME>_FILE` names: `settings.hello`."""
+
     hello: str = Field("World", description="whom `GET /` says hello to")
-    stop_seconds: int = Field(10, ge=1, description="seconds from SIGTERM to SIGKILL, which whoever stops it decides")
 
 
-# --- Logs: one JSON object a line, or uvicorn's own coloured lines on a terminal ---
-logger, access = logging.getLogger("service"), logging.getLogger("uvicorn.access")
-PLAIN = bool(sys.stdout and sys.stdout.isatty()) or not {"--help", "--version"}.isdisjoint(sys.argv)
-STANDARD = vars(logging.makeLogRecord({})).keys() | {"message", "color_message", "timestamp", "level"}
-PROBES, PROBED = ("/livez", "/readyz"), ('/livez HTTP/1.1" 200', '/readyz HTTP/1.1" 200')
-lost, pending = 0, []  # lines, since their reader made room the last time; access lines, for up to 10 ms
+settings: Settings  # read from the environment at the end of this file, so before the first request
 
 
-def encode(level: str, message: str, fields: dict[str, Any], at: datetime | None = None, within: Any = None) -> bytes:
-    line = {"timestamp": (at or datetime.now(UTC)).isoformat(), "level": level, "message": message, **fields}
-    if (span := trace.get_current_span(within).get_span_context()).is_valid:  # without `within`, of the current context
-        line |= {"trace_id": trace.format_trace_id(span.trace_id), "span_id": trace.format_span_id(span.span_id)}
-    try:
-        return to_json(line, fallback=repr, inf_nan_mode="strings") + b"\n"
-    except ValueError:  # bytes that are not UTF-8, half a character, an object that contains itself
-        return to_json({k: str(v).encode(errors="backslashreplace").decode() for k, v in line.items()}) + b"\n"
-
-
-def write(lines: list[tuple]) -> None:  # what `encode` takes; a reader who makes no room in 0.1 s misses some
-    global lost
-    data, end = b"".join(encode(*lines.pop(0)) for _ in lines[:]), perf_counter() + 0.1 * (not lost)
-    with suppress(OSError):
-        while data and select.select([], [1], [], max(0, end - perf_counter()))[1]:
-            if lost:
-                data, lost = encode("error", f"{lost} lines lost, as their reader was slow", {}) + data, 0
-            data = data[os.write(1, data[: data.rfind(b"\n", 0, 4096) + 1 or 4096]) :]  # which a pipe keeps together
-    lost += data.count(b"\n")
-
-
-class JsonHandler(logging.Handler):  # writes a record with what `extra=` adds to it and the exception it carries
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            fields = {"logger": record.name} | {k: v for k, v in vars(record).items() if k not in STANDARD}
-            if record.exc_info and record.exc_info[0]:
-                stacktrace = logging.Formatter().formatException(record.exc_info)
-                fields |= {"exception.type": record.exc_info[0].__name__, "exception.stacktrace": stacktrace}
-            fields |= {"code.stacktrace": record.stack_info} if record.stack_info else {}
-            write([(record.levelname.lower(), record.getMessage().strip(), fields)])
-        except Exception as error:  # noqa: BLE001 — of the call that logs, as when its arguments do not fit its text
-            write([("error", f"Cannot log {record.msg!r} at {record.pathname}:{record.lineno}: {error!r}", {})])
-
-
-class PrintLog(io.BytesIO):  # below sys.stdout and sys.stderr, so that what anyone prints becomes log lines, too
-    def write(self, data: Any) -> int:
-        lines = filter(str.strip, bytes(data).decode(errors="backslashreplace").split("\n"))
-        write([("error" if self is sys.stderr.buffer else "info", line, {"logger": "print"}) for line in lines])
-        return len(data)
-
-
-if __name__ in {"__main__", "__mp_main__"}:  # this process and its workers, not somebody's import
-    sys.modules.setdefault("pydantic.v1", cast("Any", None))  # FastAPI loads it just to ask whether models are of it
-    LOGGING_CONFIG["root"] = {"handlers": ["default"], "level": "INFO"}
-    if not PLAIN:
-        LOGGING_CONFIG["handlers"] = {"default": {"()": JsonHandler}, "access": {"class": "logging.NullHandler"}}
-        logging.captureWarnings(True)
-        sys.excepthook = lambda *error: logger.critical("Uncaught exception", exc_info=error[1])
-        threading.excepthook = lambda thread: logger.critical("Uncaught exception", exc_info=thread.exc_value)
-        sys.stdout, sys.stderr = (io.TextIOWrapper(PrintLog(), "utf-8", "replace", line_buffering=True) for _ in "12")
-    logging.config.dictConfig(LOGGING_CONFIG)  # as uvicorn will do, in each of its processes
-    access.addFilter(lambda line: not line.getMessage().replace("/1.0", "/1.1").endswith(PROBED))
-try:
-    settings = Settings.model_validate({k.lower(): v for k, v in os.environ.items() if v and k != "WORKERS"})
-except ValidationError as error:
-    sys.exit("; ".join(f"{str(e['loc'][0]).upper()}={e['input']}: {e['msg']}" for e in error.errors()))
-TELEMETRY: Any = dict.fromkeys(("tracing", "metrics", "logs"), "OTEL_" in " ".join(os.environ))  # 7 µs when idle
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+    """Open here what all requests share, such as a pool of connections. The service is ready after that."""
+    yield
 
 
 def prestart() -> None:
-    """Steps before starting: `python main.py --prestart`, before replicas. Yours go to its end, fit to be repeated."""
-    if (stop := settings.drain_seconds + settings.timeout_graceful_shutdown + 1) >= settings.stop_seconds:
-        sys.exit(f"STOP_SECONDS={settings.stop_seconds}: must exceed the {stop:g} s of drain, graceful shutdown and 1")
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroup v2 and v1
-        with suppress(OSError, ValueError), open(file) as text:  # the other version; "max"
-            if (need := 40 * (settings.workers + (settings.workers > 1))) > (limit := int(text.read()) // 1_000_000):
-                sys.exit(f"WEB_CONCURRENCY={settings.workers} needs {need} MB of memory, the limit is {limit} MB")
+    """Steps before starting, such as a migration: `python main.py --prestart` runs them, once, before the replicas."""
 
 
-# --- Your service: everything that you add goes here ---
-app = FastAPIOffline(title="Items", version="1.0.0", max_body_size=settings.max_body_bytes, telemetry=TELEMETRY)
+app = FastAPI(
+    title="Items",
+    version="1.0.0",
+    lifespan=lifespan,
+    telemetry={"exclude": lambda scope: is_probe(scope)},
+)
 
 
 class Greeting(BaseModel):
@@ -139,7 +61,7 @@ class Item(BaseModel):
 @app.head("/", include_in_schema=False)
 @app.get("/", summary="Say hello")
 async def read_root() -> Greeting:
-    return Greeting(Hello="World")
+    return Greeting(Hello=settings.hello)
 
 
 @app.get("/items/{item_id}", summary="Read an item")
@@ -148,153 +70,924 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 
 
 # --- The container's side: probes, log, limits, settings, start and stop ---
-app.add_exception_handler(Exception, lambda *_: JSONResponse({"detail": "Internal Server Error"}, 500))
-app.state.ready = False
+
+import asyncio
+import io
+import logging
+import logging.config
+import os
+import re
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import quote, unquote
+
+import anyio
+import click
+import httptools
+import uvicorn
+from fastapi import HTTPException, Request, Response
+from fastapi.exception_handlers import http_exception_handler
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
+from fastapi_offline import consts
+from opentelemetry import propagate, trace
+from opentelemetry.context import Context, attach, detach, get_current
+from pydantic import BeforeValidator, ValidationError
+from pydantic_core import to_json
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketDisconnect
+from uvicorn.config import LOG_LEVELS, LOGGING_CONFIG
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+logger = logging.getLogger("service")
+IS_OURS = __name__ in {"__main__", "__mp_main__"}  # this is `python main.py` or a worker of it, not somebody's import
 
 
-async def service(scope: Any, receive: Any, send: Any) -> None:  # ASGI: the app, with probes, overload, access log
-    if parent := [value for name, value in scope.get("headers", ()) if name == b"traceparent"]:
-        context.attach(propagate.extract({"traceparent": b",".join(parent).decode("latin-1")}, context.Context()))
-    started, status, size, ended, inside = perf_counter(), 500, 0, None, context.get_current()
-
-    async def observe(message: Any) -> None:
-        nonlocal status, size, ended, inside
-        if message["type"] == "http.response.start":
-            status, inside = message["status"], context.get_current()  # which has the span that telemetry exports
-            message["headers"] = [*message.get("headers", ()), *[(b"connection", b"close")] * (not app.state.ready)]
-        elif message["type"] == "http.response.body":
-            size += len(message.get("body", b"")) * (scope["method"] != "HEAD")
-            ended = None if message.get("more_body") else perf_counter()
-        elif message["type"] == "lifespan.startup.complete":
-            ready_until_sigterm()
-        await send(message)
-
-    if scope["type"] != "http":
-        await app(scope, receive, observe)
-        return write(pending)
-    path, answer = scope["path"].removeprefix(scope["root_path"]), cast("Any", app)
-    if path in PROBES and scope["method"] in {"GET", "HEAD"}:  # ready from the end of start-up until SIGTERM
-        answer = Response(None, 200 if app.state.ready or path == "/livez" else 503, {"Cache-Control": "no-store"})
-    elif scope.get("busy"):
-        answer = JSONResponse({"detail": "Too many requests at once"}, 503, {"Retry-After": "1"})
-    try:
-        await answer(scope, receive, observe)
-    except Exception:
-        context.attach(inside)
-        if not ended:
-            raise  # for uvicorn to log, and to close the connection: the client learns that the response broke off
-        logger.exception("Unhandled exception in %s %s", scope["method"], scope["path"])
-    finally:
-        if not PLAIN and access.handlers and access.isEnabledFor(logging.INFO) and (status > 399 or path not in PROBES):
-            route = scope.get("fastapi", {}).get("effective_route_context") or scope.get("route")  # with its prefix
-            fields = {"http.request.method": scope["method"], "client.address": (scope["client"] or [None])[0]}
-            fields |= {"url.scheme": scope["scheme"], "url.path": scope["path"], "http.response.body.size": size}
-            fields |= {"http.route": getattr(route, "path_format", None), "http.response.status_code": status}
-            fields |= {"http.server.request.duration": round((ended or perf_counter()) - started, 6)}
-            pending.append(("info", f"{scope['method']} {scope['path']} {status}", fields, datetime.now(UTC), inside))
-            if len(pending) == 1:  # one write for all that end within 10 ms
-                asyncio.get_running_loop().call_later(0.01, write, pending)
+# Log: JSON on stdout, or uvicorn's coloured lines on a terminal
 
 
-# --- Running it: `python main.py`, on a host as in the image ---
-class Transport(SimpleNamespace):  # sends at the end of a turn of the event loop, in one go, what was written during it
-    def __getattr__(self, name: str) -> Any:  # of the real one; before all else, what was written leaves
-        return self.send() or getattr(self.transport, name)
+class JsonLines:
+    """Objects that become JSON on stdout, one a line. `add` never waits for whoever reads them.
+
+    A thread encodes and writes them, every 10 ms. While their reader makes no room, `MAX_WAITING` lines wait; of what
+    comes beyond, a later line says how many were lost.
+    """
+
+    MAX_WAITING = 2000
+
+    def __init__(self) -> None:
+        self.stdout = sys.stdout.fileno() if sys.stdout else None
+        self.start()
+        if sys.platform != "win32":
+            os.register_at_fork(after_in_child=self.start)  # a fork has only the thread that forked
+
+    def start(self) -> None:
+        self.waiting: deque[dict[str, Any]] = deque()
+        self.news = threading.Event()
+        self.is_writing = False
+        self.lost = 0
+        threading.Thread(target=self.write_forever, name="log", daemon=True).start()
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Add a line, whose `timestamp` is in seconds since 1970."""
+        if len(self.waiting) >= self.MAX_WAITING:
+            self.lost += 1
+            return
+        self.waiting.append(line)
+        if not self.news.is_set():
+            self.news.set()
+
+    def flush(self) -> None:
+        """Wait until everything is written, for a second at most."""
+        end = time.monotonic() + 1
+        while (self.waiting or self.is_writing) and time.monotonic() < end:
+            time.sleep(0.001)
+
+    def write_forever(self) -> None:
+        told = 0
+        while self.news.wait():
+            time.sleep(0.01)
+            self.news.clear()
+            self.is_writing = True
+            data = b"".join([self.encode(self.waiting.popleft()) for _ in range(len(self.waiting))])
+            lost = self.lost - told
+            if lost:
+                told += lost
+                message = f"{lost} lines lost, as their reader was slow"
+                data += self.encode({"timestamp": time.time(), "level": "error", "message": message})
+            self.write(data)
+            self.is_writing = False
+
+    def encode(self, line: dict[str, Any]) -> bytes:
+        line["timestamp"] = datetime.fromtimestamp(line["timestamp"], UTC).isoformat(timespec="microseconds")
+        try:
+            return to_json(line, fallback=repr, inf_nan_mode="strings") + b"\n"
+        except Exception:  # noqa: BLE001 — bytes that are not UTF-8, half a character, an object that contains itself
+            return to_json({name: self.show(value) for name, value in line.items()}) + b"\n"
+
+    def show(self, value: Any) -> str:
+        try:
+            return str(value).encode(errors="backslashreplace").decode()
+        except Exception as error:  # noqa: BLE001 — of the object's own method
+            return f"{type(value).__name__} that cannot be shown: {error!r}"
 
     def write(self, data: bytes) -> None:
-        if len(self.unsent) != 1:  # the first piece, or the third, as a head and the whole body are two
-            self.send()
-            asyncio.get_running_loop().call_soon(self.send)
-        self.unsent.append(bytes(data))  # a copy of what may change
-
-    def send(self) -> None:
-        if self.unsent and not self.is_closing():
-            self.transport.writelines(self.unsent)
-        self.unsent.clear()
+        while data and self.stdout is not None:
+            try:
+                data = data[os.write(self.stdout, data) :]
+            except BlockingIOError:
+                time.sleep(0.01)
+            except OSError:  # nobody reads the log any more
+                return
 
 
-class Http(HttpToolsProtocol):  # with an end to how large a request's head is, how long it takes, how many there are
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(cast("Any", Transport(transport=transport, is_closing=transport.is_closing, unsent=[])))
-        if self.client and sys.platform == "linux":  # over TCP; the kernel closes connections of those who do not read
-            transport.get_extra_info("socket").setsockopt(6, socket.TCP_USER_TIMEOUT, 1000 * self.timeout_keep_alive)
-        self.size, self.access_log, self.timeout_keep_alive = 0, PLAIN and self.access_log, self.timeout_keep_alive or 1
-        self.eof_received = cast("Any", self.transport).send  # a client that sends no more still gets what was written
-        self.data_received(b"")
+json_lines = JsonLines() if IS_OURS and not (sys.stdout and sys.stdout.isatty()) else None
+request_span: ContextVar[trace.SpanContext] = ContextVar("request_span", default=trace.INVALID_SPAN_CONTEXT)
+
+
+def trace_ids(span: trace.SpanContext) -> dict[str, str]:
+    if not span.is_valid:
+        return {}
+    return {"trace_id": trace.format_trace_id(span.trace_id), "span_id": trace.format_span_id(span.span_id)}
+
+
+class JsonHandler(logging.Handler):
+    """Makes a JSON line of each record, with what `extra=` adds to it and the ids of the current trace."""
+
+    STANDARD = vars(logging.makeLogRecord({})).keys() | {"message", "color_message"}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = {"timestamp": record.created, "level": record.levelname.lower(), "logger": record.name}
+        try:
+            line["message"] = record.getMessage().strip()
+        except Exception as error:  # noqa: BLE001 — of the call that logs, since its arguments do not fit its text
+            line["level"] = "error"
+            line["message"] = f"Cannot log {record.msg!r} at {record.pathname}:{record.lineno}: {error!r}"
+        for name, value in vars(record).items():
+            if name not in self.STANDARD:
+                line.setdefault(name, value)
+        if record.exc_info and record.exc_info[0]:
+            line["exception.type"] = record.exc_info[0].__name__
+            line["exception.stacktrace"] = logging.Formatter().formatException(record.exc_info)
+        if record.stack_info:
+            line["code.stacktrace"] = record.stack_info
+        # The second, since uvicorn logs an exception after the span of its request has ended.
+        line |= trace_ids(trace.get_current_span().get_span_context()) or trace_ids(request_span.get())
+        if json_lines:
+            json_lines.add(line)
+
+    def flush(self) -> None:
+        if json_lines:
+            json_lines.flush()
+
+
+def configure_logging() -> None:
+    """Set up all of this process's log, and what uvicorn sets up again in each of its processes."""
+    LOGGING_CONFIG["root"] = {"handlers": ["default"], "level": "INFO"}
+    if json_lines:
+        LOGGING_CONFIG["handlers"]["default"] = {"()": JsonHandler}
+    logging.config.dictConfig(LOGGING_CONFIG)
+    logging.captureWarnings(True)
+    sys.excepthook = lambda *error: logger.critical("Uncaught exception", exc_info=error)
+    threading.excepthook = lambda thread: logger.critical("Uncaught exception", exc_info=thread.exc_value)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # so that `print` shows at once
+
+
+if IS_OURS:
+    configure_logging()
+
+
+# Settings
+
+
+def lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+class ServerSettings(BaseModel, frozen=True):
+    """The container's settings, each a variable of its name in capitals, or a file that `<NAME>_FILE` names.
+
+    Uvicorn's options on the command line win over its variables, `UVICORN_<OPTION>`, and these over the settings.
+    """
+
+    port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one")
+    log_level: Annotated[
+        Literal["critical", "error", "warning", "info", "debug", "trace"],
+        BeforeValidator(lower),
+        Field(description="least severe level to log"),
+    ] = "info"
+    web_concurrency: int = Field(1, ge=1, description="processes that serve")
+    max_body_bytes: int = Field(1_048_576, ge=0, description="bytes of the largest request body; beyond it: 413")
+    max_concurrency: int = Field(256, ge=1, description="requests that a process serves at once; beyond it: 503")
+    max_websockets: int = Field(1024, ge=0, description="WebSockets that a process serves at once; beyond it: 503")
+    timeout_keep_alive: int = Field(75, ge=1, le=3600, description="seconds for which a connection may be idle")
+    client_header_timeout: int = Field(60, ge=1, le=3600, description="seconds for the head of a request to arrive")
+    client_body_timeout: int = Field(60, ge=1, le=3600, description="seconds between two pieces of a body; beyond: 408")
+    send_timeout: int = Field(
+        60, ge=1, le=3600, description="seconds for which a client may take nothing of a response"
+    )
+    drain_seconds: float = Field(3, ge=0, le=3600, description="seconds to serve on after SIGTERM")
+    timeout_graceful_shutdown: int = Field(5, ge=0, le=3600, description="seconds that requests then get to finish")
+
+
+class SettingError(ValueError):
+    """A setting that does not hold, in one sentence that names its variable."""
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_environment(model: type[Model]) -> Model:
+    """Read the settings that a model names; an empty variable counts as unset. Raises `SettingError`."""
+    values, origins = {}, {}
+    for name in model.model_fields:
+        variable = name.upper()
+        value = os.environ.get(variable)
+        file = os.environ.get(f"{variable}_FILE")
+        if value and file:
+            raise SettingError(f"{variable} and {variable}_FILE are both set: one of them is too many")
+        if file:
+            value = read_setting_file(variable, file)
+        if value:
+            values[name] = value
+            origins[name] = f"{variable}_FILE={file}" if file else f"{variable}={value}"
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = {str(problem["loc"][0]): problem["msg"] for problem in error.errors()}
+        raise SettingError("; ".join(f"{origins.get(n, n.upper())}: {text}" for n, text in problems.items())) from None
+
+
+def read_setting_file(variable: str, file: str) -> str:
+    try:
+        return Path(file).read_text().rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"{variable}_FILE={file}: {error}") from None
+
+
+def read_options() -> dict[str, Any]:
+    """Uvicorn's options, and `--prestart`, by their names; none where another server imports this file.
+
+    Raises `click.ClickException` for what is no option.
+    """
+    if not IS_OURS:
+        return {}
+    command = click.Command(
+        "main.py",
+        params=[option for option in uvicorn.main.params if option.name not in {"app", "app_dir", "factory"}],
+        help="Serve with uvicorn. Each option is a variable, too: UVICORN_<OPTION>.",
+    )
+    only = "Run the steps before starting, and end."
+    command.params.append(click.Option(["--prestart"], is_flag=True, allow_from_autoenv=False, help=only))
+    defaults = {
+        "port": server.port,
+        "log_level": server.log_level,
+        "workers": server.web_concurrency,
+        "timeout_keep_alive": server.timeout_keep_alive,
+        "timeout_graceful_shutdown": server.timeout_graceful_shutdown,
+        "server_header": False,
+    }
+    context = command.make_context("main.py", sys.argv[1:], default_map=defaults, auto_envvar_prefix="UVICORN")
+    for header in context.params["headers"]:
+        if ":" not in header:
+            raise click.BadParameter(f"{header!r} is not NAME:VALUE", param_hint="--header")
+    for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
+        file = context.params[name]
+        if file and not Path(file).is_file():
+            raise click.BadParameter(f"there is no file {file!r}", param_hint=f"--{name.replace('_', '-')}")
+    return context.params
+
+
+try:
+    settings = read_environment(Settings)
+    server = read_environment(ServerSettings)
+    options = read_options()
+except click.exceptions.Exit as end:  # after --help and --version
+    sys.exit(end.exit_code)
+except (SettingError, click.ClickException) as error:
+    if not IS_OURS:
+        raise
+    logger.critical(error.format_message() if isinstance(error, click.ClickException) else str(error))
+    sys.exit(1)
+
+
+# Access log and traces
+
+TRACE_HEADERS = {b"traceparent", b"tracestate", b"baggage"}
+
+
+class AccessLog:
+    """Logs each request once its response is complete, probes that succeed excepted; continues its caller's trace.
+
+    It makes a JSON line, in the least time, where there are such, else a record of the logger `access`, with
+    OpenTelemetry's names for its fields. A client that leaves early is no error of the service.
+    """
+
+    def __init__(self, app: ASGIApp, lines: JsonLines | None) -> None:
+        self.app = app
+        self.lines = lines
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        token = attach(self.trace(scope))
+        request_span.set(trace.get_current_span().get_span_context())
+        try:
+            if scope["type"] == "http":
+                await AccessLogResponder(self.app, self.lines)(scope, receive, send)
+            else:
+                await self.app(scope, receive, send)
+        except (ClientDisconnect, WebSocketDisconnect):
+            pass
+        finally:
+            detach(token)
+
+    def trace(self, scope: Scope) -> Context:
+        """The context of the span that telemetry exports, else of the caller's, else an empty one."""
+        span = trace.get_current_span().get_span_context()
+        if span.is_valid and not span.is_remote:
+            return get_current()
+        carrier: dict[str, str] = {}
+        for name, value in scope["headers"]:
+            if name in TRACE_HEADERS:
+                key, text = name.decode(), value.decode("latin-1")
+                carrier[key] = f"{carrier[key]},{text}" if key in carrier else text
+        return propagate.extract(carrier, Context()) if carrier else Context()
+
+
+class AccessLogResponder:
+    """Observes the response of one request."""
+
+    logger = logging.getLogger("access")
+
+    def __init__(self, app: ASGIApp, lines: JsonLines | None) -> None:
+        self.app = app
+        self.lines = lines
+        self.status = 500
+        self.size = 0
+        self.is_logged = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        self.send = send
+        self.root_path = scope.get("root_path", "")  # to which a mounted app adds its own
+        self.started = time.perf_counter()
+        try:
+            await self.app(scope, receive, self.observe)
+        finally:
+            self.log()
+
+    async def observe(self, message: Message) -> None:
+        await self.send(message)
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        elif message["type"] == "http.response.body":
+            self.size += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                self.log()
+
+    def log(self) -> None:
+        scope = self.scope
+        if self.is_logged or not self.logger.isEnabledFor(logging.INFO) or (self.status < 400 and is_probe(scope)):
+            return
+        self.is_logged = True
+        message = f"{scope['method']} {quote(scope['path'])} {self.status}"
+        fields = {
+            "http.request.method": scope["method"],
+            "url.scheme": scope.get("scheme", "http"),
+            "url.path": scope["path"],
+            "http.route": self.route(),
+            "http.response.status_code": self.status,
+            "http.response.body.size": 0 if scope["method"] == "HEAD" else self.size,
+            "http.server.request.duration": round(time.perf_counter() - self.started, 6),
+            "client.address": scope["client"][0] if scope.get("client") else None,
+        }
+        if self.lines is None:
+            self.logger.info("%s", message, extra=fields)
+            return
+        line = {"timestamp": time.time(), "level": "info", "logger": "access", "message": message}
+        self.lines.add(line | fields | trace_ids(request_span.get()))
+
+    def route(self) -> str | None:
+        """The template of the path, with the prefixes of routers and of mounted apps."""
+        route = self.scope.get("route")
+        if route is None:
+            return None
+        values = {name: str(value) for name, value in self.scope["path_params"].items()}
+        own = route.path_format.format(**values)
+        path = self.scope["path"].removeprefix(self.root_path)
+        if not path.endswith(own):
+            return route.path_format
+        names = {value: f"{{{name}}}" for name, value in values.items()}
+        prefix = [names.get(part, part) for part in path.removesuffix(own).split("/")]
+        return "/".join(prefix) + route.path_format
+
+
+# Probes, drain and stop
+
+PROBES = {"/livez", "/readyz"}
+
+
+def is_probe(scope: Scope) -> bool:
+    return scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) in PROBES
+
+
+def is_reloading() -> bool:
+    """Whether an edit restarts this process: it should do so at once then."""
+    return options.get("reload", not {"dev", "--reload"}.isdisjoint(sys.argv))
+
+
+class Lifecycle:
+    """Answers the probes `/livez` and `/readyz`, and makes SIGTERM a drain that loses no request.
+
+    `/readyz` is 200 from the end of start-up until SIGTERM. Then requests are served for `drain_seconds` more, while load
+    balancers look elsewhere: each response closes its connection. After that the server stops as it does by itself; event
+    streams, which would not end, are ended. A second SIGTERM skips the rest of the drain.
+    """
+
+    def __init__(self, app: ASGIApp, drain_seconds: float) -> None:
+        self.app = app
+        self.drain_seconds = drain_seconds
+        self.is_starting = False
+        self.is_draining = False
+        self.is_stopping = False
+        self.loop: asyncio.AbstractEventLoop | None = None  # of a server whose stop waits for the drain
+        self.stop_server: Callable[[], object] = lambda: None
+        self.event_streams: set[asyncio.Task[Any]] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.start(scope, receive, send)
+        elif is_probe(scope) and scope["method"] in {"GET", "HEAD"}:
+            await self.probe(scope)(scope, receive, send)
+        elif self.loop is None or scope["type"] != "http":
+            await self.app(scope, receive, send)
+        else:
+            await LifecycleResponder(self, asyncio.current_task())(scope, receive, send)
+
+    def probe(self, scope: Scope) -> Response:
+        is_ready = not (self.is_starting or self.is_draining)
+        status = 200 if is_ready or scope["path"].endswith("/livez") else 503
+        return Response(status_code=status, headers={"Cache-Control": "no-store"})
+
+    async def start(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Start the app: SIGTERM ends the process at once until it has started, since nothing is served yet."""
+        self.is_starting = True
+        servers_own = signal.getsignal(signal.SIGTERM)
+        is_served = callable(servers_own) and threading.current_thread() is threading.main_thread()
+        if is_served:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+        async def send_when_ready(message: Message) -> None:
+            if is_served:
+                signal.signal(signal.SIGTERM, servers_own)
+            if message["type"] == "lifespan.startup.complete":
+                self.is_starting = False
+                if is_served:
+                    self.wait_for_sigterm(servers_own)
+            await send(message)
+
+        await self.app(scope, receive, send_when_ready)
+
+    def wait_for_sigterm(self, servers_own: Any) -> None:
+        """Put the drain before what the server does on SIGTERM."""
+        with suppress(RuntimeError):  # the server has another kind of loop
+            self.loop = loop = asyncio.get_running_loop()
+            self.stop_server = lambda: servers_own(signal.SIGTERM, None)
+            signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(self.drain))
+
+    def drain(self) -> None:
+        assert self.loop is not None
+        if self.is_draining:
+            self.stop()
+            return
+        self.is_draining = True
+        logger.info("Shutting down in %g s", self.drain_seconds)
+        self.loop.call_later(self.drain_seconds, self.stop)
+
+    def stop(self) -> None:
+        if self.is_stopping:
+            return
+        self.is_stopping = True
+        for task in self.event_streams:
+            task.cancel()
+        self.stop_server()
+
+
+class LifecycleResponder:
+    """The response of one request, as the drain and the stop want it."""
+
+    def __init__(self, lifecycle: Lifecycle, task: Any) -> None:
+        self.lifecycle = lifecycle
+        self.task = task
+        self.is_complete = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        self.send = send
+        try:
+            await self.lifecycle.app(scope, receive, self.send_until_stop)
+        except asyncio.CancelledError:
+            if self.task not in self.lifecycle.event_streams or self.is_complete or not self.lifecycle.is_stopping:
+                raise
+            self.task.uncancel()
+            await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self.lifecycle.event_streams.discard(self.task)
+
+    async def send_until_stop(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = message.get("headers", [])
+            if self.lifecycle.is_draining and self.scope["http_version"] in {"1.0", "1.1"}:
+                message["headers"] = [*headers, (b"connection", b"close")]
+            if any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers):
+                self.lifecycle.event_streams.add(self.task)
+        elif not message.get("more_body", False):
+            self.is_complete = True
+        await self.send(message)
+
+
+# What every response has, and what is refused
+
+
+SAFE_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "content-security-policy": "default-src 'self' 'unsafe-inline' data: blob:",
+}
+for header in options.get("headers", ()):  # which uvicorn adds to each response
+    SAFE_HEADERS.pop(header.partition(":")[0].strip().lower(), None)
+
+
+class SafeHeaders:
+    """Adds headers that browsers obey to each response that has none of the same name."""
+
+    def __init__(self, app: ASGIApp, headers: dict[str, str]) -> None:
+        self.app = app
+        self.headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = message.get("headers", [])
+                names = {name.lower() for name, _ in headers}
+                message["headers"] = [*headers, *(header for header in self.headers if header[0] not in names)]
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers if scope["type"] == "http" else send)
+
+
+class Overload:
+    """Answers 503 with `Retry-After` to what exceeds a number of requests, and one of WebSockets, served at once."""
+
+    def __init__(self, app: ASGIApp, requests: int, websockets: int) -> None:
+        self.app = app
+        self.limits = {"http": requests, "websocket": websockets}
+        self.running = {"http": 0, "websocket": 0}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kind = scope["type"]
+        if kind not in self.limits:
+            await self.app(scope, receive, send)
+            return
+        if self.running[kind] >= self.limits[kind]:
+            refusal = JSONResponse({"detail": "Too many requests at once"}, 503, {"Retry-After": "1"})
+            await refusal(scope, receive, send)
+            return
+        self.running[kind] += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.running[kind] -= 1
+
+
+class BodyLimits(RequestBodyLimitMiddleware):
+    """Starlette's limit to the size of a body, answered with 413, and one to its time, answered with 408.
+
+    The time, in seconds, is that between two pieces of the body, and runs only while the service waits for one. Either
+    refusal closes the connection. A request without a body costs nothing here.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_size: int, timeout: float) -> None:
+        super().__init__(app, max_body_size)
+        self.timeout = timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.has_body(scope):
+            body = BodyResponder(self.timeout, scope, receive, send)
+            await super().__call__(scope, body.receive_in_time, body.send_and_close)
+        else:
+            await self.app(scope, receive, send)
+
+    def has_body(self, scope: Scope) -> bool:
+        if scope["type"] != "http":
+            return False
+        if scope.get("http_version") not in {"1.0", "1.1"}:
+            return True  # HTTP/2 does not announce it
+        return any(name in {b"content-length", b"transfer-encoding"} for name, _ in scope["headers"])
+
+
+class BodyResponder:
+    """The body of one request, and what its response has to do with it."""
+
+    def __init__(self, timeout: float, scope: Scope, receive: Receive, send: Send) -> None:
+        self.timeout = timeout
+        self.scope = scope
+        self.receive = receive
+        self.send = send
+        self.is_whole = False
+        self.has_answer = False
+
+    async def receive_in_time(self) -> Message:
+        if self.is_whole:  # what comes next is the end of the client, whenever that is
+            return await self.receive()
+        with anyio.move_on_after(self.timeout):
+            message = await self.receive()
+            self.is_whole = not message.get("more_body", False)
+            return message
+        logger.info("%s %s: no byte of the body in %g s", self.scope["method"], quote(self.scope["path"]), self.timeout)
+        if self.has_answer:
+            return {"type": "http.disconnect"}
+        raise HTTPException(408)
+
+    async def send_and_close(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.has_answer = True
+            if message["status"] in {408, 413} and self.scope.get("http_version") in {"1.0", "1.1"}:
+                message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
+        await self.send(message)
+
+
+async def internal_server_error(request: Request, error: Exception) -> JSONResponse:
+    """A 500 that says nothing of the inside; the server logs the exception and closes the connection."""
+    return JSONResponse({"detail": "Internal Server Error"}, 500, {**SAFE_HEADERS, "connection": "close"})
+
+
+async def http_exception_with_cause(request: Request, error: Exception) -> Response:
+    """FastAPI's answer; a refusal by the system that is behind it, such as a full `/tmp`, is logged."""
+    assert isinstance(error, AnyHTTPException)
+    if isinstance(error.__cause__, OSError):
+        logger.error("%s %s: %s", request.method, quote(request.url.path), error.detail, exc_info=error.__cause__)
+    return await http_exception_handler(request, error)
+
+
+# Documentation pages without internet
+
+
+def serve_documentation_from_here(app: FastAPI, assets: str = "/static-offline-docs") -> None:
+    """Let FastAPI's pages load their scripts, styles and icon from this host, below `assets`, instead of from others."""
+    files = {
+        consts.SWAGGER_JS: "swagger-ui-bundle.js",
+        consts.SWAGGER_CSS: "swagger-ui.css",
+        consts.REDOC_JS: "redoc.standalone.js",
+        consts.FAVICON: "favicon.png",
+    }
+
+    def from_here(page: Callable[[Request], Awaitable[HTMLResponse]]) -> Callable[[Request], Awaitable[HTMLResponse]]:
+        async def respond(request: Request) -> HTMLResponse:
+            html = bytes((await page(request)).body).decode()
+            for url, file in files.items():
+                html = html.replace(url, f"{request.scope.get('root_path', '')}{assets}/{file}")
+            return HTMLResponse(re.sub('<link href="https://[^>]*>', "", html))  # a font, which the pages do without
+
+        return respond
+
+    pages = {app.docs_url, app.redoc_url} - {None}
+    for index, route in enumerate(app.routes):
+        if isinstance(route, Route) and route.path in pages:
+            app.routes[index] = Route(route.path, from_here(route.endpoint), include_in_schema=False)
+    if app.openapi_url and pages:
+        app.routes.insert(0, Mount(assets, StaticFiles(packages=[("fastapi_offline", "static")]), name="assets"))
+
+
+# The protocol's limits
+
+MAX_HEAD_BYTES = 65_536
+MAX_HEADER_FIELDS = 100
+MAX_PIPELINE = 100
+
+
+class Http(HttpToolsProtocol):
+    """Uvicorn's HTTP/1.1 with limits to what a client sends outside of a body: how much, how slowly, how often.
+
+    It knows these of uvicorn's parts, which are not documented: the attributes `cycle`, `flow`, `headers`, `loop`,
+    `parser`, `pipeline`, `scope`, `timeout_keep_alive_task`, `transport` and `url`, the methods
+    `_should_upgrade`, `_unset_keepalive_if_required`, `_unsupported_upgrade_warning`, `handle_websocket_upgrade`,
+    `on_response_complete`, `send_400_response` and `timeout_keep_alive_handler`, and of a cycle `keep_alive`,
+    `response_complete`, `response_started` and `transport`. Hence the bound of uvicorn's version at the head.
+    """
+
+    parser: Any  # which uvicorn declares as perhaps None, since it is after the end
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.reading: Literal["nothing", "head", "body"] = "nothing"  # of a request
+        self.unfinished = 0  # bytes, since the parser last had something whole
+        self.is_over = False  # for the client: what it sends is not read any more
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Limit how long a client may send nothing, and how long it may take nothing of a response."""
+        super().connection_made(transport)
+        self.response = ResponseTransport(self, transport)
+        self.wait_for_client()
+        connection = transport.get_extra_info("socket")
+        if hasattr(socket, "TCP_USER_TIMEOUT") and connection and connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * server.send_timeout)
 
     def data_received(self, data: bytes) -> None:
-        idle, self.timeout_keep_alive_task, scope = self.timeout_keep_alive_task, None, self.scope
-        super().data_received(data)
-        in_head = not self.cycle or self.cycle.scope is not self.scope
-        stuck = in_head or self.cycle.response_complete or (self.cycle.more_body and not self.cycle.body)
-        self.size = self.size + len(data) if stuck else 0  # bytes that bring nothing
-        waiting = (stuck or self.cycle.more_body) and self in self.connections  # not upgraded to WebSocket
-        idle = idle and (idle if waiting and self.scope is scope else idle.cancel())  # as much time for a new request
-        if waiting:
-            self.timeout_keep_alive_task = idle or self.loop.call_later(self.timeout_keep_alive, self.transport.close)
-        if self.size > 65536 + (0 if in_head else settings.max_body_bytes):
-            self.send_400_response("Request too large")
+        """Limit the bytes that bring the parser nothing whole, and the time for a head."""
+        if self.is_over:
+            return
+        self.unfinished += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self.upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError as error:
+            self.refuse("Invalid HTTP request received.", error.__context__ or error)
+        else:
+            if self.unfinished > MAX_HEAD_BYTES:
+                self.refuse("Request too large.")
+            elif self.reading == "head" and self.timeout_keep_alive_task is None:
+                self.wait_for_client()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.reading = "head"
+        self._unset_keepalive_if_required()
 
     def on_headers_complete(self) -> None:
-        unquote(self.url.decode("ascii"), errors="strict")  # raises a ValueError, too, for what is not UTF-8
-        if len(self.headers) > 100 or len(self.pipeline) > 98:
-            raise ValueError  # which is answered with 400, as what cannot be parsed
-        cast("Any", self.scope)["busy"] = len(self.tasks) >= settings.max_concurrency
+        """Limit the fields and the requests that wait; a host must be named (RFC 9112, 3.2), the target be UTF-8."""
+        hosts = [name for name, _ in self.headers].count(b"host")
+        if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
+            raise ValueError(f"{hosts} Host fields")
+        if len(self.headers) > MAX_HEADER_FIELDS:
+            raise ValueError(f"{len(self.headers)} header fields")
+        if len(self.pipeline) >= MAX_PIPELINE:
+            raise ValueError("too many requests before their answers")
+        unquote(self.url.decode("ascii"), errors="strict")
+        self._unset_keepalive_if_required()
+        self.unfinished = 0
+        is_websocket = self._should_upgrade()
+        if self.parser.should_upgrade() and not is_websocket:
+            return  # to come again, without the field
         super().on_headers_complete()
+        if not is_websocket:
+            self.reading = "body"
+            self.cycle.transport = self.response
+
+    def on_body(self, body: bytes) -> None:
+        self.unfinished = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self.unfinished = 0
+        self.reading = "nothing"
+        super().on_message_complete()
+
+    def upgrade(self, rest: bytes) -> None:
+        """Switch to WebSocket, or serve the request as if it did not ask for another protocol (RFC 9110, 7.8)."""
+        names = {name for name, _ in self.headers}
+        if self.parser.get_method() == b"CONNECT":
+            self.refuse("Invalid HTTP request received.", ValueError("CONNECT"))
+        elif not self._should_upgrade():
+            self._unsupported_upgrade_warning()
+            self.serve_without_upgrade(rest)
+        elif names & {b"content-length", b"transfer-encoding"}:
+            self.refuse("Invalid HTTP request received.", ValueError("a handshake with a body"))
+        else:
+            self.handle_websocket_upgrade()
+
+    def serve_without_upgrade(self, rest: bytes) -> None:
+        """Feed a new parser with the same head, without the field that stopped the first, and with what follows."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%s: %s" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(b"\r\n".join([*lines, b"", rest]))
+
+    def refuse(self, message: str, cause: BaseException | None = None) -> None:
+        """End a connection with a 400 where an answer is due; never in the midst of one, nor as a second one."""
+        self.is_over = True
+        address = self.client[0] if self.client else None
+        self.logger.warning(message, extra={"client.address": address, "cause": str(cause) if cause else None})
+        has_cycle = self.cycle is not None
+        if self.reading == "body" and self.cycle.response_started:
+            self.transport.close()
+        elif self.reading != "body" and has_cycle and not self.cycle.response_complete:
+            self.cycle.keep_alive = False  # after the requests before this one
+        else:
+            self.send_400_response(message)
+
+    def wait_for_client(self) -> None:
+        """Close the connection if the client does not send in time what is expected next: a request, or a head's rest."""
+        self._unset_keepalive_if_required()
+        seconds = server.client_header_timeout if self.reading == "head" else self.timeout_keep_alive
+        self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self.reading != "nothing":
+            address = self.client[0] if self.client else None
+            self.logger.warning(
+                "The %s of a request did not end in time.", self.reading, extra={"client.address": address}
+            )
+        super().timeout_keep_alive_handler()
+
+    def on_response_complete(self) -> None:
+        self.response.end()
+        super().on_response_complete()
+        if self.reading == "head":
+            self.wait_for_client()
 
 
-def ready_until_sigterm() -> None:  # then unready, serving, and closing each connection, so that clients look elsewhere
-    loop = asyncio.get_running_loop()
+class ResponseTransport(asyncio.Transport):
+    """What a response is written to: its head leaves together with the first piece of its body, in one packet.
 
-    def drain(*_: Any) -> None:  # in the handler itself, so that a blocked loop is ended, too
-        if not app.state.ready and __name__ == "__mp_main__":
-            return  # sent to the whole group, it comes from the parent, too; whose impatience is a SIGINT
-        delay, app.state.ready = settings.drain_seconds * app.state.ready, False  # a second SIGTERM is impatient
-        limit = delay + (cast("Any", uvicorns).__self__.config.timeout_graceful_shutdown or 0) + 1
-        logger.info("Shutting down in %g s, by force in %g s", delay, limit)
-        faulthandler.dump_traceback_later(limit, exit=True, file=os.open(os.devnull, os.O_WRONLY))
-        loop.call_soon_threadsafe(loop.call_later, delay, uvicorns, signal.SIGTERM, None)
+    It is the connection's transport for that, which costs a call of the kernel less and wakes the client once, not
+    twice: bench/README.md has the figures. A connection that is closed while the client still sends is closed slowly, or
+    the client could lose the response: what comes is dropped, for as long as a connection may be idle.
+    """
 
-    if callable(uvicorns := signal.getsignal(signal.SIGTERM)):  # there is none where a test runs without a server
-        signal.signal(signal.SIGTERM, drain)
-    app.state.ready = True
+    def __init__(self, protocol: Http, transport: asyncio.Transport) -> None:
+        super().__init__()
+        self.protocol = protocol
+        self.transport = transport
+        self.head: bytes | None = None
+        self.has_begun = False
+
+    def write(self, data: Any) -> None:
+        if not self.has_begun:
+            self.has_begun = True
+            self.head = data
+            self.protocol.loop.call_soon(self.flush)
+        elif self.head is None:
+            self.transport.write(data)
+        else:
+            head, self.head = self.head, None
+            self.transport.write(head + data)
+
+    def flush(self) -> None:
+        if self.head is not None:
+            self.transport.write(self.head)
+            self.head = None
+
+    def end(self) -> None:
+        self.flush()
+        self.has_begun = False
+
+    def is_closing(self) -> bool:
+        return self.protocol.is_over or self.transport.is_closing()
+
+    def close(self) -> None:
+        self.flush()
+        if self.protocol.reading != "body" or self.protocol.is_over:
+            self.transport.close()
+            return
+        self.protocol.is_over = True
+        self.protocol.flow.resume_reading()
+        self.protocol.wait_for_client()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
 
 
-HEADERS = ("X-Content-Type-Options:nosniff", "Content-Security-Policy:default-src 'self' 'unsafe-inline' data: blob:")
-DEFAULTS = settings.model_dump() | {"server_header": False, "reset_contextvars": True}  # no trace of an earlier request
-OPTIONS = [option for option in uvicorn.main.params if option.name not in {"app", "app_dir", "factory"}]
+# Start
 
 
-@click.command(params=OPTIONS, context_settings={"auto_envvar_prefix": "UVICORN", "default_map": DEFAULTS})
-def serve(**options: Any) -> None:
-    """Serve with uvicorn. Each option is also a variable, UVICORN_<OPTION>. --prestart alone: the steps before starting."""
-    LOGGING_CONFIG["root"]["level"] = options["log_level"].upper()
-    options["headers"] = [header.split(":", 1) for header in (*HEADERS, *options["headers"])]
-    options["http"] = {"auto": Http, "httptools": Http}.get(options["http"], options["http"])
-    options["log_config"] = options["log_config"] or LOGGING_CONFIG
-    if options["uds"] is None and options["fd"] is None and (host := options["host"]) is not None:
-        socket.create_server((host, options["port"]), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    if options["workers"] < 2 or options["reload"] or options["uds"]:
-        return uvicorn.run("__main__:service", **options)
-    uvicorn.Config(service, **options).load()  # so that a mistake shows here, and not in each worker again and again
-    team = uvicorn.supervisors.Multiprocess(conf := uvicorn.Config("__main__:service", **options), [conf.bind_socket()])
+def check_memory(workers: int) -> None:
+    """Refuse more processes than the container's memory limit holds, at 40 MB each."""
+    need = 40 * (workers if workers == 1 else workers + 1)  # and their parent
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroup v2, v1
+        with suppress(OSError, ValueError):  # the other version; "max"
+            limit = int(Path(file).read_text()) // 1_000_000
+            if need > limit:
+                raise SettingError(f"WEB_CONCURRENCY={workers} needs {need} MB of memory, the limit is {limit} MB")
 
-    def end(*_: Any) -> None:  # instead of uvicorn's handler, which is deaf to a second SIGTERM
-        again = team.should_exit.is_set() or signal.SIGTERM in team.signal_queue
-        for worker in [worker for worker in team.processes if again and worker.exitcode is None]:
-            os.kill(cast("int", worker.pid), signal.SIGINT)
-        team.signal_queue.append(signal.SIGTERM)
 
-    signal.signal(signal.SIGTERM, end)
-    sys.exit(team.run() or any(worker.exitcode == STARTUP_FAILURE for worker in team.processes))
+def main() -> None:
+    """Run the steps before starting, or serve with uvicorn, with JSON on stdout and the protocol's limits."""
+    if options.pop("prestart"):
+        check_memory(options["workers"])
+        prestart()
+        return
+    if options["http"] in {"auto", "httptools"}:
+        options["http"] = "__main__:Http"
+    else:
+        logger.warning("--http %s: no limit to the head of a request, in bytes, fields or time", options["http"])
+    if not options["access_log"]:
+        LOGGING_CONFIG["loggers"]["access"] = {"level": "CRITICAL"}
+    options["access_log"] = False  # uvicorn's own lines, which AccessLog takes the place of
+    LOGGING_CONFIG["root"]["level"] = LOG_LEVELS[options["log_level"]]
+    if options["host"] == "::" and options["workers"] == 1 and not options["reload"]:
+        options["host"] = None  # all addresses, of both versions, as with more workers
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # when uvicorn has stopped it sends this to itself
+    click.Context(uvicorn.main).invoke(uvicorn.main, app="__main__:app", app_dir=None, **options)
 
+
+if Exception not in app.exception_handlers and 500 not in app.exception_handlers:
+    app.add_exception_handler(Exception, internal_server_error)
+if app.exception_handlers[AnyHTTPException] is http_exception_handler:
+    app.add_exception_handler(AnyHTTPException, http_exception_with_cause)
+
+# From the inside to the outside: the last one sees a request first.
+app.add_middleware(BodyLimits, max_body_size=server.max_body_bytes, timeout=server.client_body_timeout)
+app.add_middleware(Overload, requests=server.max_concurrency, websockets=server.max_websockets)
+app.add_middleware(Lifecycle, drain_seconds=0 if is_reloading() else server.drain_seconds)
+app.add_middleware(SafeHeaders, headers=SAFE_HEADERS)
+app.add_middleware(AccessLog, lines=None if options.get("log_config") else json_lines)
+serve_documentation_from_here(app)
 
 if __name__ == "__main__":
-    if "--prestart" in sys.argv:
-        sys.exit(prestart())
-    try:
-        serve.main(standalone_mode=False)
-    except Exception as error:  # noqa: BLE001 — an option that is none, or what uvicorn cannot use, but does not name
-        told = isinstance(error, click.ClickException) and error.format_message()
-        names = [word.partition("=")[0] for word in (*os.environ, *sys.argv) if word.startswith(("UVICORN_", "--"))]
-        sys.exit(told or f"{error}; to be mended in one of: {', '.join(['PORT', *names])}")
+    main()

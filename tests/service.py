@@ -4,7 +4,6 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, Field
 
 
@@ -14,7 +13,7 @@ class Settings(BaseModel):
     hello: str = Field("World", description="whom `GET /` says hello to")
 
 
-settings = Settings()  # until main.py reads it from the environment
+settings: Settings  # which main.py reads from the environment
 
 
 @asynccontextmanager
@@ -26,7 +25,12 @@ def prestart() -> None:
     """Steps before starting."""
 
 
-app = FastAPIOffline(title="Items", version="1.0.0", lifespan=lifespan)
+app = FastAPI(
+    title="Items",
+    version="1.0.0",
+    lifespan=lifespan,
+    telemetry={"exclude": lambda scope: is_probe(scope)},
+)
 
 
 class Greeting(BaseModel):
