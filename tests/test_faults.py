@@ -174,7 +174,8 @@ async def upload(request: Request) -> int:
 def test_container_serves_while_its_log_is_not_read_and_then_says_how_many_lines_it_lost(image):
     code = READER.replace("ACTS", "True")
     with served(image, "-c", code, flags=("--entrypoint=python",)) as (container, url):
-        load, more = under_load(url, lambda _: None), 0
+        # More lines than wait in the process and in the pipe: a megabyte, and 64 KB.
+        load, more = under_load(url, lambda load: wait_until(lambda: load.answered > 6000)), 0
         container.python_says(WAKE_READER)
 
         def told() -> bool:

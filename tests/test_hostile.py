@@ -17,14 +17,18 @@ import pytest
 from tests.harness import UV, Container, run, wait_until
 
 SCHEMATHESIS = "schemathesis@4.32.5"
-SECONDS = 2  # TIMEOUT_KEEP_ALIVE, in which a connection has to bring a whole request
+SECONDS = 2  # for each of these
+IN_TIME = tuple(
+    f"--env={name}={SECONDS}"
+    for name in ("TIMEOUT_KEEP_ALIVE", "CLIENT_HEADER_TIMEOUT", "CLIENT_BODY_TIMEOUT", "SEND_TIMEOUT")
+)
 GET = b"GET /items/5?q=somequery HTTP/1.1\r\nHost: test\r\n"
 CHUNKED = b"POST /items/5 HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n"
 
 
 @pytest.fixture(scope="module")
 def container(image):
-    with image.container(flags=(f"--env=TIMEOUT_KEEP_ALIVE={SECONDS}",)) as container:
+    with image.container(flags=IN_TIME) as container:
         yield container
 
 
@@ -136,7 +140,7 @@ def state(container: Container) -> tuple[int, float]:
 
 
 def test_clients_that_do_not_read_are_closed_in_time(image):
-    with image.container(flags=(f"--env=TIMEOUT_KEEP_ALIVE={SECONDS}",)) as container, ExitStack() as stack:
+    with image.container(flags=IN_TIME) as container, ExitStack() as stack:
         before, _ = state(container)
         for _ in range(20):
             connection = stack.enter_context(socket.socket())
@@ -157,7 +161,7 @@ def test_hostile_clients_leave_nothing_behind(image):
             [*pool.map(lambda _: talk(container, GET, b"X: ", repeat(b"x" * 65536)), range(50))]
             [*pool.map(lambda _: talk(container, CHUNKED, b"\r\n", repeat(b"4\r\nbody\r\n" * 1000)), range(4))]
 
-    with image.container(flags=(f"--env=TIMEOUT_KEEP_ALIVE={SECONDS}",)) as container:
+    with image.container(flags=IN_TIME) as container:
         httpx.get(f"{container.url}/docs")
         start = state(container)
         attack()

@@ -1,11 +1,9 @@
 """What the stop promises: unready at once, serving through the drain, an end for what stays open."""
 
 import os
-import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
@@ -51,34 +49,6 @@ def test_second_sigterm_ends_the_drain(workers):
         process.popen.terminate()
         process.end()
     assert len(process.said("Finished server process")) == int(workers)
-
-
-HOLD = """
-from fastapi.responses import StreamingResponse
-@app.get("/hold")
-async def hold():
-    async def chunks():
-        yield str(os.getpid())
-        await asyncio.sleep(60)
-    return StreamingResponse(chunks())
-"""
-
-
-def test_second_sigterm_reaches_the_worker_that_is_left(variant):
-    process = Process("--workers", "2", source=variant(HOLD), DRAIN_SECONDS="0", TIMEOUT_GRACEFUL_SHUTDOWN="60")
-    with process, httpx.Client() as client:
-        process.wait_for("Application startup complete", 2)
-        workers = [int(re.findall(r"\d+", line["message"])[0]) for line in process.said("Started server process")]
-        for _ in range(100):  # until the kernel gives it to the worker that was started last
-            response = client.send(client.build_request("GET", process.url + "/hold"), stream=True)
-            chunks = response.iter_text()  # which closes the connection when it is gone
-            if next(chunks) == str(max(workers)):
-                break
-            response.close()
-        process.popen.terminate()
-        wait_until(lambda: not Path(f"/proc/{min(workers)}").exists())
-        process.popen.terminate()
-        process.end()
 
 
 def test_interrupt_from_the_keyboard_does_not_drain():
