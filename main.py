@@ -23,12 +23,12 @@ from pydantic import BaseModel, Field
 
 
 class Settings(BaseModel):
-    """Your settings, each a variable of its name in capitals, or a file that `<NAME>_FILE` names: `settings.hello`."""
+    """Your settings, each one value: a variable of its name in capitals, or a file that `<NAME>_FILE` names."""
 
-    hello: str = Field("World", description="whom `GET /` says hello to")
+    hello: str = "World"
 
 
-settings: Settings  # read from the environment at the end of this file, so before the first request
+settings: Settings  # read below, after this part: use it inside functions, as `read_root` does
 
 
 @asynccontextmanager
@@ -38,19 +38,22 @@ async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
 
 
 def prestart() -> None:
-    """Steps before starting, such as a migration: `python main.py --prestart` runs them, once, before the replicas."""
+    """Steps before starting, such as a migration: `python main.py --prestart` runs them, once, before the replicas.
+
+    No app runs then. An exception ends them with status 1, and no replica is started.
+    """
 
 
 app = FastAPI(
     title="Items",
     version="1.0.0",
     lifespan=lifespan,
-    telemetry={"exclude": lambda scope: is_probe(scope)},
+    telemetry={"exclude": lambda scope: is_probe(scope)},  # which is defined below
 )
 
 
 class Greeting(BaseModel):
-    Hello: str = Field(examples=["World"])
+    Hello: str = Field(examples=["World"])  # capitalised as in FastAPI's guide
 
 
 class Item(BaseModel):
@@ -102,14 +105,14 @@ from opentelemetry import propagate, trace
 from opentelemetry.context import Context, attach, detach, get_current
 from pydantic import BeforeValidator, ValidationError
 from pydantic_core import to_json
-from starlette.exceptions import HTTPException as AnyHTTPException
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.body_limit import MAX_BODY_SIZE_SCOPE_KEY, RequestBodyLimitMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 from uvicorn.config import LOG_LEVELS, LOGGING_CONFIG
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 logger = logging.getLogger("service")
 IS_OURS = __name__ in {"__main__", "__mp_main__"}  # this is `python main.py` or a worker of it, not somebody's import
@@ -119,13 +122,13 @@ IS_OURS = __name__ in {"__main__", "__mp_main__"}  # this is `python main.py` or
 
 
 class JsonLines:
-    """Objects that become JSON on stdout, one a line. `add` never waits for whoever reads them.
+    """Writes JSON to stdout, an object a line, from a thread: whoever adds one never waits for the reader of the log.
 
-    A thread encodes and writes them, every 10 ms. While their reader makes no room, `MAX_WAITING` lines wait; of what
-    comes beyond, a later line says how many were lost.
+    The thread writes every 10 ms. While the reader makes no room, `MAX_WAITING` bytes wait; of what comes beyond, a later
+    line says how many were lost.
     """
 
-    MAX_WAITING = 2000
+    MAX_WAITING = 1_000_000
 
     def __init__(self) -> None:
         self.stdout = sys.stdout.fileno() if sys.stdout else None
@@ -134,48 +137,61 @@ class JsonLines:
             os.register_at_fork(after_in_child=self.start)  # a fork has only the thread that forked
 
     def start(self) -> None:
-        self.waiting: deque[dict[str, Any]] = deque()
-        self.news = threading.Event()
-        self.is_writing = False
-        self.lost = 0
+        self.lines: deque[bytes] = deque()
+        self.added = 0  # bytes, counted by who adds
+        self.written = 0  # bytes, counted by the thread
+        self.lost = 0  # lines, counted by who adds
+        self.has_lines = threading.Event()
         threading.Thread(target=self.write_forever, name="log", daemon=True).start()
 
     def add(self, line: dict[str, Any]) -> None:
         """Add a line, whose `timestamp` is in seconds since 1970."""
-        if len(self.waiting) >= self.MAX_WAITING:
+        if self.added - self.written > self.MAX_WAITING:
             self.lost += 1
             return
-        self.waiting.append(line)
-        if not self.news.is_set():
-            self.news.set()
+        data = self.encode(line)
+        self.lines.append(data)
+        self.added += len(data)
+        if not self.has_lines.is_set():
+            self.has_lines.set()
 
     def flush(self) -> None:
         """Wait until everything is written, for a second at most."""
         end = time.monotonic() + 1
-        while (self.waiting or self.is_writing) and time.monotonic() < end:
+        while self.written < self.added and time.monotonic() < end:
             time.sleep(0.001)
 
     def write_forever(self) -> None:
-        told = 0
-        while self.news.wait():
+        reported = 0
+        while self.has_lines.wait():
             time.sleep(0.01)
-            self.news.clear()
-            self.is_writing = True
-            data = b"".join([self.encode(self.waiting.popleft()) for _ in range(len(self.waiting))])
-            lost = self.lost - told
-            if lost:
-                told += lost
-                message = f"{lost} lines lost, as their reader was slow"
-                data += self.encode({"timestamp": time.time(), "level": "error", "message": message})
+            self.has_lines.clear()
+            data = b"".join([self.lines.popleft() for _ in range(len(self.lines))])
             self.write(data)
-            self.is_writing = False
+            self.written += len(data)
+            lost = self.lost - reported
+            if lost:
+                reported += lost
+                message = f"{lost} lines lost, as their reader was slow"
+                self.write(self.encode({"timestamp": time.time(), "level": "error", "message": message}))
+
+    def write(self, data: bytes) -> None:
+        while data and self.stdout is not None:
+            try:
+                size = os.write(self.stdout, data)
+            except BlockingIOError:
+                time.sleep(0.01)
+            except OSError:  # nobody reads the log any more
+                return
+            else:
+                data = data[size:]
 
     def encode(self, line: dict[str, Any]) -> bytes:
         line["timestamp"] = datetime.fromtimestamp(line["timestamp"], UTC).isoformat(timespec="microseconds")
         try:
             return to_json(line, fallback=repr, inf_nan_mode="strings") + b"\n"
         except Exception:  # noqa: BLE001 — bytes that are not UTF-8, half a character, an object that contains itself
-            return to_json({name: self.show(value) for name, value in line.items()}) + b"\n"
+            return to_json({self.show(name): self.show(value) for name, value in line.items()}) + b"\n"
 
     def show(self, value: Any) -> str:
         try:
@@ -183,21 +199,13 @@ class JsonLines:
         except Exception as error:  # noqa: BLE001 — of the object's own method
             return f"{type(value).__name__} that cannot be shown: {error!r}"
 
-    def write(self, data: bytes) -> None:
-        while data and self.stdout is not None:
-            try:
-                data = data[os.write(self.stdout, data) :]
-            except BlockingIOError:
-                time.sleep(0.01)
-            except OSError:  # nobody reads the log any more
-                return
-
 
 json_lines = JsonLines() if IS_OURS and not (sys.stdout and sys.stdout.isatty()) else None
 request_span: ContextVar[trace.SpanContext] = ContextVar("request_span", default=trace.INVALID_SPAN_CONTEXT)
 
 
 def trace_ids(span: trace.SpanContext) -> dict[str, str]:
+    """The fields of a log line that say to which span it belongs; none for an invalid span."""
     if not span.is_valid:
         return {}
     return {"trace_id": trace.format_trace_id(span.trace_id), "span_id": trace.format_span_id(span.span_id)}
@@ -223,14 +231,30 @@ class JsonHandler(logging.Handler):
             line["exception.stacktrace"] = logging.Formatter().formatException(record.exc_info)
         if record.stack_info:
             line["code.stacktrace"] = record.stack_info
-        # The second, since uvicorn logs an exception after the span of its request has ended.
-        line |= trace_ids(trace.get_current_span().get_span_context()) or trace_ids(request_span.get())
+        span = trace.get_current_span().get_span_context()
+        if not span.is_valid:
+            span = request_span.get()  # since uvicorn logs an exception after the span of its request has ended
+        line.update(trace_ids(span))
         if json_lines:
             json_lines.add(line)
 
     def flush(self) -> None:
+        """Wait for the lines of this process, for a second at most; the interpreter does so at its end."""
         if json_lines:
             json_lines.flush()
+
+
+class OurErrors(logging.Filter):
+    """Leaves out the traceback that uvicorn logs when a client has left in the midst: it is no error of the service."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, ClientDisconnect | WebSocketDisconnect)
+
+
+def log_exception_of_thread(end: threading.ExceptHookArgs) -> None:
+    if end.exc_type is not SystemExit:
+        logger.critical("Uncaught exception", exc_info=end.exc_value)
 
 
 def configure_logging() -> None:
@@ -238,10 +262,14 @@ def configure_logging() -> None:
     LOGGING_CONFIG["root"] = {"handlers": ["default"], "level": "INFO"}
     if json_lines:
         LOGGING_CONFIG["handlers"]["default"] = {"()": JsonHandler}
+        for formatter in LOGGING_CONFIG["formatters"].values():
+            formatter["use_colors"] = False
+    LOGGING_CONFIG["filters"] = {"errors of ours": {"()": OurErrors}}
+    LOGGING_CONFIG["handlers"]["default"]["filters"] = ["errors of ours"]
     logging.config.dictConfig(LOGGING_CONFIG)
     logging.captureWarnings(True)
     sys.excepthook = lambda *error: logger.critical("Uncaught exception", exc_info=error)
-    threading.excepthook = lambda thread: logger.critical("Uncaught exception", exc_info=thread.exc_value)
+    threading.excepthook = log_exception_of_thread
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that `print` shows at once
 
@@ -290,25 +318,33 @@ class SettingError(ValueError):
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def read_environment(model: type[Model]) -> Model:
-    """Read the settings that a model names; an empty variable counts as unset. Raises `SettingError`."""
-    values, origins = {}, {}
+def read_environment(model: type[Model], shows_values: bool) -> Model:
+    """Read the settings that a model names; an empty variable counts as unset.
+
+    Raises `SettingError` for what does not hold, with its value if `shows_values`: that of yours may be a secret.
+    """
+    values: dict[str, str] = {}
+    origins: dict[str, str] = {}
     for name in model.model_fields:
         variable = name.upper()
         value = os.environ.get(variable)
         file = os.environ.get(f"{variable}_FILE")
         if value and file:
             raise SettingError(f"{variable} and {variable}_FILE are both set: one of them is too many")
+        origins[name] = f"{variable}={value}" if value and shows_values else variable
         if file:
             value = read_setting_file(variable, file)
+            origins[name] = f"{variable}_FILE={file}"
         if value:
             values[name] = value
-            origins[name] = f"{variable}_FILE={file}" if file else f"{variable}={value}"
     try:
-        return model.model_validate(values)
+        return model.model_validate(values, by_alias=False, by_name=True)
     except ValidationError as error:
-        problems = {str(problem["loc"][0]): problem["msg"] for problem in error.errors()}
-        raise SettingError("; ".join(f"{origins.get(n, n.upper())}: {text}" for n, text in problems.items())) from None
+        problems = []
+        for problem in error.errors():
+            name = str(problem["loc"][0]) if problem["loc"] else ""
+            problems.append(f"{origins.get(name, model.__name__)}: {problem['msg']}")
+        raise SettingError("; ".join(problems)) from None
 
 
 def read_setting_file(variable: str, file: str) -> str:
@@ -333,11 +369,11 @@ def read_options() -> dict[str, Any]:
     only = "Run the steps before starting, and end."
     command.params.append(click.Option(["--prestart"], is_flag=True, allow_from_autoenv=False, help=only))
     defaults = {
-        "port": server.port,
-        "log_level": server.log_level,
-        "workers": server.web_concurrency,
-        "timeout_keep_alive": server.timeout_keep_alive,
-        "timeout_graceful_shutdown": server.timeout_graceful_shutdown,
+        "port": server_settings.port,
+        "log_level": server_settings.log_level,
+        "workers": server_settings.web_concurrency,
+        "timeout_keep_alive": server_settings.timeout_keep_alive,
+        "timeout_graceful_shutdown": server_settings.timeout_graceful_shutdown,
         "server_header": False,
     }
     context = command.make_context("main.py", sys.argv[1:], default_map=defaults, auto_envvar_prefix="UVICORN")
@@ -352,8 +388,8 @@ def read_options() -> dict[str, Any]:
 
 
 try:
-    settings = read_environment(Settings)
-    server = read_environment(ServerSettings)
+    settings = read_environment(Settings, shows_values=False)
+    server_settings = read_environment(ServerSettings, shows_values=True)
     options = read_options()
 except click.exceptions.Exit as end:  # after --help and --version
     sys.exit(end.exit_code)
@@ -373,7 +409,7 @@ class AccessLog:
     """Logs each request once its response is complete, probes that succeed excepted; continues its caller's trace.
 
     It makes a JSON line, in the least time, where there are such, else a record of the logger `access`, with
-    OpenTelemetry's names for its fields. A client that leaves early is no error of the service.
+    OpenTelemetry's names for its fields. A log level above `info` leaves it out.
     """
 
     def __init__(self, app: ASGIApp, lines: JsonLines | None) -> None:
@@ -391,22 +427,21 @@ class AccessLog:
                 await AccessLogResponder(self.app, self.lines)(scope, receive, send)
             else:
                 await self.app(scope, receive, send)
-        except (ClientDisconnect, WebSocketDisconnect):
-            pass
         finally:
             detach(token)
 
     def trace(self, scope: Scope) -> Context:
-        """The context of the span that telemetry exports, else of the caller's, else an empty one."""
+        """The context of the span that telemetry exports, else with the span of the caller, else with none."""
         span = trace.get_current_span().get_span_context()
         if span.is_valid and not span.is_remote:
             return get_current()
+        no_span = trace.set_span_in_context(trace.INVALID_SPAN)
         carrier: dict[str, str] = {}
         for name, value in scope["headers"]:
             if name in TRACE_HEADERS:
                 key, text = name.decode(), value.decode("latin-1")
                 carrier[key] = f"{carrier[key]},{text}" if key in carrier else text
-        return propagate.extract(carrier, Context()) if carrier else Context()
+        return propagate.extract(carrier, no_span) if carrier else no_span
 
 
 class AccessLogResponder:
@@ -417,6 +452,7 @@ class AccessLogResponder:
     def __init__(self, app: ASGIApp, lines: JsonLines | None) -> None:
         self.app = app
         self.lines = lines
+        self.has_begun = False
         self.status = 500
         self.size = 0
         self.is_logged = False
@@ -425,15 +461,21 @@ class AccessLogResponder:
         self.scope = scope
         self.send = send
         self.root_path = scope.get("root_path", "")  # to which a mounted app adds its own
+        self.is_probe = is_probe(scope)
         self.started = time.perf_counter()
         try:
             await self.app(scope, receive, self.observe)
+        except ClientDisconnect:
+            if not self.has_begun:
+                self.status = 499  # nginx's number for a client that has left before its answer
+            raise
         finally:
             self.log()
 
     async def observe(self, message: Message) -> None:
         await self.send(message)
         if message["type"] == "http.response.start":
+            self.has_begun = True
             self.status = message["status"]
         elif message["type"] == "http.response.body":
             self.size += len(message.get("body", b""))
@@ -442,7 +484,9 @@ class AccessLogResponder:
 
     def log(self) -> None:
         scope = self.scope
-        if self.is_logged or not self.logger.isEnabledFor(logging.INFO) or (self.status < 400 and is_probe(scope)):
+        if self.is_logged or not self.logger.isEnabledFor(logging.INFO):
+            return
+        if self.is_probe and self.status < 400:
             return
         self.is_logged = True
         message = f"{scope['method']} {quote(scope['path'])} {self.status}"
@@ -468,7 +512,10 @@ class AccessLogResponder:
         if route is None:
             return None
         values = {name: str(value) for name, value in self.scope["path_params"].items()}
-        own = route.path_format.format(**values)
+        try:
+            own = route.path_format.format(**values)
+        except (KeyError, IndexError, ValueError):  # it is a mount, whose rest of a path is no parameter
+            return route.path_format
         path = self.scope["path"].removeprefix(self.root_path)
         if not path.endswith(own):
             return route.path_format
@@ -525,32 +572,36 @@ class Lifecycle:
         return Response(status_code=status, headers={"Cache-Control": "no-store"})
 
     async def start(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Start the app: SIGTERM ends the process at once until it has started, since nothing is served yet."""
+        """Let the app start. SIGTERM ends the process at once until it has, since nothing is served yet.
+
+        The server has put its own handler by then: it comes back for whatever follows a start, after the drain.
+        """
         self.is_starting = True
         servers_own = signal.getsignal(signal.SIGTERM)
-        is_served = callable(servers_own) and threading.current_thread() is threading.main_thread()
-        if is_served:
+        has_signals = callable(servers_own) and threading.current_thread() is threading.main_thread()
+        if has_signals:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
-        async def send_when_ready(message: Message) -> None:
-            if is_served:
-                signal.signal(signal.SIGTERM, servers_own)
+        async def send_when_started(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
                 self.is_starting = False
-                if is_served:
+                if has_signals:
                     self.wait_for_sigterm(servers_own)
+            elif message["type"] == "lifespan.startup.failed" and has_signals:
+                signal.signal(signal.SIGTERM, servers_own)
             await send(message)
 
-        await self.app(scope, receive, send_when_ready)
+        await self.app(scope, receive, send_when_started)
 
     def wait_for_sigterm(self, servers_own: Any) -> None:
-        """Put the drain before what the server does on SIGTERM."""
-        with suppress(RuntimeError):  # the server has another kind of loop
+        """Put the drain before what the server does on SIGTERM, if its loop is asyncio's or one like it."""
+        with suppress(RuntimeError):
             self.loop = loop = asyncio.get_running_loop()
             self.stop_server = lambda: servers_own(signal.SIGTERM, None)
             signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(self.drain))
 
     def drain(self) -> None:
+        """Begin the drain; end it if it has begun."""
         assert self.loop is not None
         if self.is_draining:
             self.stop()
@@ -560,6 +611,7 @@ class Lifecycle:
         self.loop.call_later(self.drain_seconds, self.stop)
 
     def stop(self) -> None:
+        """End the event streams, and let the server stop."""
         if self.is_stopping:
             return
         self.is_stopping = True
@@ -582,12 +634,18 @@ class LifecycleResponder:
         try:
             await self.lifecycle.app(scope, receive, self.send_until_stop)
         except asyncio.CancelledError:
-            if self.task not in self.lifecycle.event_streams or self.is_complete or not self.lifecycle.is_stopping:
+            if not self.is_ended_by_stop():
                 raise
             self.task.uncancel()
             await self.send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self.lifecycle.event_streams.discard(self.task)
+
+    def is_ended_by_stop(self) -> bool:
+        """Whether this is an event stream that the stop has cancelled, and that still lacks its end."""
+        if self.is_complete or not self.lifecycle.is_stopping:
+            return False
+        return self.task in self.lifecycle.event_streams
 
     async def send_until_stop(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -596,7 +654,9 @@ class LifecycleResponder:
                 message["headers"] = [*headers, (b"connection", b"close")]
             if any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers):
                 self.lifecycle.event_streams.add(self.task)
-        elif not message.get("more_body", False):
+                if self.lifecycle.is_stopping:
+                    self.task.cancel()
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
             self.is_complete = True
         await self.send(message)
 
@@ -666,11 +726,14 @@ class BodyLimits(RequestBodyLimitMiddleware):
         self.timeout = timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.has_body(scope):
-            body = BodyResponder(self.timeout, scope, receive, send)
-            await super().__call__(scope, body.receive_in_time, body.send_and_close)
-        else:
+        if not self.has_body(scope):
             await self.app(scope, receive, send)
+            return
+        body = BodyResponder(self.timeout, scope, receive, send)
+        if MAX_BODY_SIZE_SCOPE_KEY in scope:  # the app has a limit of its own, `FastAPI(max_body_size=…)`
+            await self.app(scope, body.receive_in_time, body.send_and_close)
+        else:
+            await super().__call__(scope, body.receive_in_time, body.send_and_close)
 
     def has_body(self, scope: Scope) -> bool:
         if scope["type"] != "http":
@@ -689,7 +752,7 @@ class BodyResponder:
         self.receive = receive
         self.send = send
         self.is_whole = False
-        self.has_answer = False
+        self.has_response = False
 
     async def receive_in_time(self) -> Message:
         if self.is_whole:  # what comes next is the end of the client, whenever that is
@@ -699,26 +762,29 @@ class BodyResponder:
             self.is_whole = not message.get("more_body", False)
             return message
         logger.info("%s %s: no byte of the body in %g s", self.scope["method"], quote(self.scope["path"]), self.timeout)
-        if self.has_answer:
+        if self.has_response:
             return {"type": "http.disconnect"}
         raise HTTPException(408)
 
     async def send_and_close(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.has_answer = True
+            self.has_response = True
             if message["status"] in {408, 413} and self.scope.get("http_version") in {"1.0", "1.1"}:
                 message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
         await self.send(message)
 
 
 async def internal_server_error(request: Request, error: Exception) -> JSONResponse:
-    """A 500 that says nothing of the inside; the server logs the exception and closes the connection."""
+    """A 500 that says nothing of the inside; the server logs the exception and closes the connection.
+
+    Starlette sends it from outside of all middleware, so that it has to bring the headers itself.
+    """
     return JSONResponse({"detail": "Internal Server Error"}, 500, {**SAFE_HEADERS, "connection": "close"})
 
 
 async def http_exception_with_cause(request: Request, error: Exception) -> Response:
     """FastAPI's answer; a refusal by the system that is behind it, such as a full `/tmp`, is logged."""
-    assert isinstance(error, AnyHTTPException)
+    assert isinstance(error, StarletteHTTPException)
     if isinstance(error.__cause__, OSError):
         logger.error("%s %s: %s", request.method, quote(request.url.path), error.detail, exc_info=error.__cause__)
     return await http_exception_handler(request, error)
@@ -776,20 +842,24 @@ class Http(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self.reading: Literal["nothing", "head", "body"] = "nothing"  # of a request
         self.unfinished = 0  # bytes, since the parser last had something whole
-        self.is_over = False  # for the client: what it sends is not read any more
+        self.is_refused = False  # nothing more is read; the connection ends after the responses that are still due
+        self.is_lingering = False  # nothing more is read; the connection ends when the client has ended, or in time
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """Limit how long a client may send nothing, and how long it may take nothing of a response."""
+        """Limit how long a client may send nothing, and (on Linux) how long it may take nothing of a response."""
         super().connection_made(transport)
-        self.response = ResponseTransport(self, transport)
         self.wait_for_client()
         connection = transport.get_extra_info("socket")
         if hasattr(socket, "TCP_USER_TIMEOUT") and connection and connection.family != socket.AF_UNIX:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * server.send_timeout)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * server_settings.send_timeout)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unset_keepalive_if_required()  # which uvicorn's does only where there is no error
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Limit the bytes that bring the parser nothing whole, and the time for a head."""
-        if self.is_over:
+        if self.is_refused or self.is_lingering:
             return
         self.unfinished += len(data)
         try:
@@ -818,22 +888,24 @@ class Http(HttpToolsProtocol):
             raise ValueError(f"{len(self.headers)} header fields")
         if len(self.pipeline) >= MAX_PIPELINE:
             raise ValueError("too many requests before their answers")
-        unquote(self.url.decode("ascii"), errors="strict")
+        unquote(self.url.decode("ascii"), errors="strict")  # raises a ValueError, too
         self._unset_keepalive_if_required()
         self.unfinished = 0
         is_websocket = self._should_upgrade()
         if self.parser.should_upgrade() and not is_websocket:
-            return  # to come again, without the field
+            return  # `upgrade` feeds this head again, without the field that asks for another protocol
         super().on_headers_complete()
         if not is_websocket:
             self.reading = "body"
-            self.cycle.transport = self.response
+            self.cycle.transport = ResponseTransport(self, self.cycle, self.transport)
 
     def on_body(self, body: bytes) -> None:
         self.unfinished = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # the head that `upgrade` gets has had no end yet
         self.unfinished = 0
         self.reading = "nothing"
         super().on_message_complete()
@@ -860,50 +932,56 @@ class Http(HttpToolsProtocol):
         self.data_received(b"\r\n".join([*lines, b"", rest]))
 
     def refuse(self, message: str, cause: BaseException | None = None) -> None:
-        """End a connection with a 400 where an answer is due; never in the midst of one, nor as a second one."""
-        self.is_over = True
-        address = self.client[0] if self.client else None
-        self.logger.warning(message, extra={"client.address": address, "cause": str(cause) if cause else None})
-        has_cycle = self.cycle is not None
-        if self.reading == "body" and self.cycle.response_started:
+        """End the connection with a 400 for what is being read, unless that would be a second response to it.
+
+        Responses to requests before it come first; then only the end follows, as what is next to them is not clear.
+        """
+        self.is_refused = True
+        self.warn(message, cause)
+        is_body = self.reading == "body"
+        if is_body and self.pipeline:
+            self.pipeline.popleft()  # its own request waits there, the newest
+        elif is_body and self.cycle.response_started:
             self.transport.close()
-        elif self.reading != "body" and has_cycle and not self.cycle.response_complete:
-            self.cycle.keep_alive = False  # after the requests before this one
-        else:
+        elif is_body or self.cycle is None or self.cycle.response_complete:
             self.send_400_response(message)
+
+    def warn(self, message: str, cause: BaseException | None = None) -> None:
+        address = self.client[0] if self.client else None
+        self.logger.warning(message, extra={"client.address": address, "cause": str(cause or "")})
 
     def wait_for_client(self) -> None:
         """Close the connection if the client does not send in time what is expected next: a request, or a head's rest."""
         self._unset_keepalive_if_required()
-        seconds = server.client_header_timeout if self.reading == "head" else self.timeout_keep_alive
+        seconds = server_settings.client_header_timeout if self.reading == "head" else self.timeout_keep_alive
         self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
 
     def timeout_keep_alive_handler(self) -> None:
         if self.reading != "nothing":
-            address = self.client[0] if self.client else None
-            self.logger.warning(
-                "The %s of a request did not end in time.", self.reading, extra={"client.address": address}
-            )
+            self.warn(f"The {self.reading} of a request did not end in time.")
         super().timeout_keep_alive_handler()
 
     def on_response_complete(self) -> None:
-        self.response.end()
+        was_last = not self.pipeline
         super().on_response_complete()
-        if self.reading == "head":
+        if self.is_refused and was_last:
+            self.transport.close()
+        elif self.reading == "head":
             self.wait_for_client()
 
 
 class ResponseTransport(asyncio.Transport):
     """What a response is written to: its head leaves together with the first piece of its body, in one packet.
 
-    It is the connection's transport for that, which costs a call of the kernel less and wakes the client once, not
-    twice: bench/README.md has the figures. A connection that is closed while the client still sends is closed slowly, or
-    the client could lose the response: what comes is dropped, for as long as a connection may be idle.
+    That costs a call of the kernel less and wakes the client once, not twice: bench/README.md has the figures. When it
+    closes the connection while the client still sends the request, it does so slowly, or the client could lose the
+    response: what comes is dropped, for as long as a connection may be idle.
     """
 
-    def __init__(self, protocol: Http, transport: asyncio.Transport) -> None:
+    def __init__(self, protocol: Http, cycle: RequestResponseCycle, transport: asyncio.Transport) -> None:
         super().__init__()
         self.protocol = protocol
+        self.cycle = cycle
         self.transport = transport
         self.head: bytes | None = None
         self.has_begun = False
@@ -912,7 +990,7 @@ class ResponseTransport(asyncio.Transport):
         if not self.has_begun:
             self.has_begun = True
             self.head = data
-            self.protocol.loop.call_soon(self.flush)
+            self.protocol.loop.call_soon(self.flush)  # in case nothing follows soon
         elif self.head is None:
             self.transport.write(data)
         else:
@@ -920,25 +998,23 @@ class ResponseTransport(asyncio.Transport):
             self.transport.write(head + data)
 
     def flush(self) -> None:
-        if self.head is not None:
+        if self.head is not None and not self.transport.is_closing():
             self.transport.write(self.head)
             self.head = None
 
-    def end(self) -> None:
-        self.flush()
-        self.has_begun = False
-
     def is_closing(self) -> bool:
-        return self.protocol.is_over or self.transport.is_closing()
+        return self.protocol.is_lingering or self.transport.is_closing()
 
     def close(self) -> None:
         self.flush()
-        if self.protocol.reading != "body" or self.protocol.is_over:
+        protocol = self.protocol
+        is_still_sent = protocol.reading == "body" and protocol.cycle is self.cycle
+        if protocol.is_refused or not is_still_sent:
             self.transport.close()
             return
-        self.protocol.is_over = True
-        self.protocol.flow.resume_reading()
-        self.protocol.wait_for_client()
+        protocol.is_lingering = True
+        protocol.flow.resume_reading()
+        protocol.wait_for_client()
         if self.transport.can_write_eof():
             self.transport.write_eof()
 
@@ -947,23 +1023,35 @@ class ResponseTransport(asyncio.Transport):
 
 
 def check_memory(workers: int) -> None:
-    """Refuse more processes than the container's memory limit holds, at 40 MB each."""
-    need = 40 * (workers if workers == 1 else workers + 1)  # and their parent
+    """Raise a `SettingError` for more workers than the container's memory limit holds: a process takes 40 MB."""
+    processes = workers if workers == 1 else workers + 1  # there is a parent, too
+    need = 40 * processes
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroup v2, v1
-        with suppress(OSError, ValueError):  # the other version; "max"
+        try:
             limit = int(Path(file).read_text()) // 1_000_000
-            if need > limit:
-                raise SettingError(f"WEB_CONCURRENCY={workers} needs {need} MB of memory, the limit is {limit} MB")
+        except (OSError, ValueError):  # it is the other version; there is no limit, "max"
+            continue
+        if need > limit:
+            raise SettingError(f"WEB_CONCURRENCY={workers} needs {need} MB of memory, the limit is {limit} MB")
+
+
+def run_prestart() -> None:
+    """The steps before starting: that the memory limit holds the workers, then yours."""
+    try:
+        check_memory(options["workers"])
+    except SettingError as error:
+        logger.critical(str(error))
+        sys.exit(1)
+    prestart()
 
 
 def main() -> None:
     """Run the steps before starting, or serve with uvicorn, with JSON on stdout and the protocol's limits."""
     if options.pop("prestart"):
-        check_memory(options["workers"])
-        prestart()
+        run_prestart()
         return
     if options["http"] in {"auto", "httptools"}:
-        options["http"] = "__main__:Http"
+        options["http"] = "__main__:Http"  # by name, since workers import it
     else:
         logger.warning("--http %s: no limit to the head of a request, in bytes, fields or time", options["http"])
     if not options["access_log"]:
@@ -971,23 +1059,29 @@ def main() -> None:
     options["access_log"] = False  # uvicorn's own lines, which AccessLog takes the place of
     LOGGING_CONFIG["root"]["level"] = LOG_LEVELS[options["log_level"]]
     if options["host"] == "::" and options["workers"] == 1 and not options["reload"]:
-        options["host"] = None  # all addresses, of both versions, as with more workers
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # when uvicorn has stopped it sends this to itself
+        options["host"] = None  # IPv4, too, as with workers: one process alone would get IPv6 only
     click.Context(uvicorn.main).invoke(uvicorn.main, app="__main__:app", app_dir=None, **options)
+
+
+# What makes the app of it all
 
 
 if Exception not in app.exception_handlers and 500 not in app.exception_handlers:
     app.add_exception_handler(Exception, internal_server_error)
-if app.exception_handlers[AnyHTTPException] is http_exception_handler:
-    app.add_exception_handler(AnyHTTPException, http_exception_with_cause)
+if app.exception_handlers[StarletteHTTPException] is http_exception_handler:
+    app.add_exception_handler(StarletteHTTPException, http_exception_with_cause)
 
-# From the inside to the outside: the last one sees a request first.
-app.add_middleware(BodyLimits, max_body_size=server.max_body_bytes, timeout=server.client_body_timeout)
-app.add_middleware(Overload, requests=server.max_concurrency, websockets=server.max_websockets)
-app.add_middleware(Lifecycle, drain_seconds=0 if is_reloading() else server.drain_seconds)
+# The last one is outermost: it sees a request first. Yours, added above, are inside of all these.
+app.add_middleware(
+    BodyLimits, max_body_size=server_settings.max_body_bytes, timeout=server_settings.client_body_timeout
+)
+app.add_middleware(Overload, requests=server_settings.max_concurrency, websockets=server_settings.max_websockets)
+app.add_middleware(Lifecycle, drain_seconds=0 if is_reloading() else server_settings.drain_seconds)
 app.add_middleware(SafeHeaders, headers=SAFE_HEADERS)
 app.add_middleware(AccessLog, lines=None if options.get("log_config") else json_lines)
 serve_documentation_from_here(app)
 
+if IS_OURS:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # which uvicorn, once it has stopped, sends to its process
 if __name__ == "__main__":
     main()
