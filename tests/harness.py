@@ -175,7 +175,11 @@ class Process:
 
     def end(self) -> int:
         """Wait for the end of the process; its exit status."""
-        status = self.popen.wait(60)
+        try:
+            status = self.popen.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.popen.pid, signal.SIGKILL)
+            raise
         self.reader.join()
         if self.popen.stdout:
             self.popen.stdout.close()
@@ -277,7 +281,7 @@ class Container:
         return network["IPAddress"]
 
     def logs(self) -> list[dict]:
-        return [entry(line) for line in run(self.engine, "logs", self.id).splitlines()]
+        return [entry(line) for line in run("sh", "-c", f"{self.engine} logs {self.id} 2>&1").splitlines()]
 
     def said(self, text: str) -> list[dict]:
         return [line for line in self.logs() if text in line["message"]]

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, Field
@@ -13,7 +14,12 @@ class Settings(BaseModel):
     hello: str = Field("World", description="whom `GET /` says hello to")
 
 
-settings: Settings  # which main.py reads from the environment
+settings = Settings()  # until main.py reads it from the environment, further down
+
+
+def is_probe(scope: Any) -> bool:
+    """Whether a request asks for a probe; main.py says so, further down."""
+    raise NotImplementedError
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ import pytest
 import main
 from tests.harness import HERE, NAME, UV, Container, Image, answers, free_port, missing, run, wait_until
 
+pytestmark = [pytest.mark.check, pytest.mark.xdist_group("pods")]
 MANIFEST = HERE / "deploy/kubernetes.yaml"
 VALIDATOR = "kubernetes-validate@1.37.0"  # of the Kubernetes whose schemas it brings
 CONTAINER = Container("podman", f"{NAME}-pod-{NAME}")
