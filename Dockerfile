@@ -15,9 +15,9 @@ RUN apt-get update && apt-get install --yes --no-install-recommends binutils
 # The lock decides what is installed, by hash. It is mounted, not copied; the cache makes the next build quick. What opens
 # a private index, and who signs for it, are secrets of the build: no layer holds them.
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=requirements.txt,target=/requirements.txt \
-    --mount=type=secret,id=netrc,target=/root/.netrc --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
-    --mount=type=secret,id=ca_cert \
-    SSL_CERT_FILE=/run/secrets/ca_cert pip install --no-compile --require-hashes --requirement /requirements.txt
+    --mount=type=secret,id=NETRC,target=/root/.netrc --mount=type=secret,id=PIP_CONF,target=/etc/pip.conf \
+    --mount=type=secret,id=CA_CERT \
+    SSL_CERT_FILE=/run/secrets/CA_CERT pip install --no-compile --require-hashes --requirement /requirements.txt
 
 # FastAPI's own stack and the standard library import each other lazily. Everything else is imported at once, whoever
 # asks for it, and so is all that your code and your packages import: what is missing is missed where it is imported.

@@ -5,8 +5,9 @@ ENGINE      ?= $(eval ENGINE := $(shell for e in docker podman; do $$e info >/de
 PORT        ?= 8000
 URL         ?= http://127.0.0.1:$(PORT)
 BASE_PYTHON ?= $(shell sed -n 's/^ARG PYTHON=//p' Dockerfile)
-RUN_FLAGS   ?= --read-only --cap-drop ALL --security-opt no-new-privileges --memory 128m --pids-limit 64 \
-               --restart unless-stopped --sysctl net.ipv4.ip_unprivileged_port_start=0
+PLATFORM    ?=
+RUN_FLAGS   ?= --read-only --tmpfs /tmp:size=64m --init --cap-drop ALL --security-opt no-new-privileges --memory 128m \
+               --pids-limit 64 --restart unless-stopped --sysctl net.ipv4.ip_unprivileged_port_start=0
 TESTS       ?= $(wildcard test_main.py tests bench)
 LOCK        ?= requirements.txt
 
@@ -30,7 +31,11 @@ LABELS   = title=$(NAME) version=$(VERSION) $(addprefix revision=,$(REVISION)) $
            $(addprefix created=,$(shell git log -1 --format=%cI 2>/dev/null)) base.name=$(BASE) base.digest=$(DIGEST)
 BUILD    = $(addprefix SOURCE_DATE_EPOCH=,$(shell git log -1 --format=%ct 2>/dev/null)) $(ENGINE) build \
            --build-arg PYTHON=$(BASE_PYTHON) $(addprefix --label org.opencontainers.image.,$(LABELS)) \
-           $(if $(findstring podman,$(ENGINE)),--format docker)
+           $(if $(findstring podman,$(ENGINE)),--format docker) $(addprefix --platform ,$(PLATFORM)) $(SECRETS)
+
+# Files that pip reads during the build and no layer holds: `make build NETRC=~/.netrc PIP_CONF=pip.conf CA_CERT=ca.pem`.
+SECRETS  = $(foreach name,NETRC PIP_CONF CA_CERT,$(addprefix --secret src=,$(addsuffix $(COMMA)id=$(name),$($(name)))))
+COMMA   := ,
 
 # What `make run` started, in a container or on this host.
 RUNNING = $(if $(ENGINE),$(ENGINE) inspect $(NAME),kill -0 "$$(cat .venv/pid 2>/dev/null)") >/dev/null 2>&1

