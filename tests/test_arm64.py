@@ -1,0 +1,55 @@
+"""The image for arm64, on an engine that runs it, by emulation where this machine is another."""
+
+import json
+import subprocess
+import tarfile
+
+import pytest
+
+from tests.harness import NAME, PYTHONS, UV, Image, check_contract, missing, run, wait_until
+from tests.test_image import SYFT
+
+PLATFORM = "linux/arm64"
+# As on amd64, and what the same libraries and extensions take more there.
+SIZES = {"MB unpacked": 80.0, "MB compressed": 26.0}
+
+
+@pytest.fixture(scope="module")
+def arm64(engine):
+    """The image for arm64, which runs there."""
+    base = f"python:{PYTHONS[0]}-slim"
+    command = (engine, "run", "--rm", f"--platform={PLATFORM}", base, "python3", "-c")
+    says = subprocess.run([*command, "import os; print(os.uname().machine)"], capture_output=True, text=True, check=False)
+    if says.stdout.strip() != "aarch64":
+        missing(f"{engine} runs no {PLATFORM}: install QEMU's user emulation and pull {base} for it ({says.stderr[-200:]})")
+    name = f"{NAME}:arm64"
+    run("make", "build", f"ENGINE={engine}", f"IMAGE={name}", f"PLATFORM={PLATFORM}")
+    return Image(engine, PYTHONS[0], name, f"--platform={PLATFORM}")
+
+
+def test_arm64_image_holds_the_contract_under_strict_settings_and_stops_cleanly(arm64):
+    with arm64.container(flags=("--tmpfs=/tmp", "--memory=256m")) as container:
+        check_contract(container.url)
+        assert container.python_says("import platform; print(platform.machine())") == "aarch64"
+        if arm64.engine == "docker":
+            wait_until(lambda: container.inspect("State.Health.Status") == "healthy")
+        status, _ = container.stop()
+    assert status == 0
+
+
+def test_arm64_image_is_as_small_and_its_packages_are_found(arm64, tmp_path):
+    archive = tmp_path / "root.tar"
+    container = run(arm64.engine, "create", f"--platform={PLATFORM}", arm64.name)
+    run(arm64.engine, "export", "--output", archive, container)
+    run(arm64.engine, "rm", container)
+    compressed = int(run("sh", "-c", f"gzip -6 < {archive} | wc -c")) / 1e6
+    sizes = {"MB unpacked": archive.stat().st_size / 1e6, "MB compressed": compressed}
+    print("", *(f"arm64: {figure:.3g} {name}" for name, figure in sizes.items()), sep="\n")
+    assert {name: size for name, size in sizes.items() if size > SIZES[name]} == {}
+    with tarfile.open(archive) as root:
+        root.extractall(tmp_path / "root", filter="tar")
+    found = json.loads(run(UV, "tool", "run", "--from", SYFT, "syft", f"dir:{tmp_path / 'root'}", "--output", "json"))
+    names = {package["name"] for package in found["artifacts"]}
+    assert {"libc6", "libssl3t64", "ca-certificates", "fastapi", "uvicorn", "pydantic-core"} <= names
+    architectures = {package["metadata"].get("architecture") for package in found["artifacts"] if package["type"] == "deb"}
+    assert architectures <= {"arm64", "all"}
