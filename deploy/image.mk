@@ -50,10 +50,10 @@ release: base .venv/ready ## Build twice from nothing for PLATFORMS, compare, pu
 	@cmp .venv/1.txt .venv/2.txt && try=1 && echo $(PUSHED)
 
 check-packages: .venv/ready ## Build, import and use forty packages in the image, and write docs/packages.md; takes minutes
-	@$(PYTEST) tests/test_packages.py
+	@$(PYTEST) tests/check_packages.py
 
 check-arm64: .venv/ready ## Build the image for arm64 and test it there, by emulation where this machine is another
 	@$(PYTEST) tests/test_arm64.py
 
 check-release: .venv/ready ## Run `make release` whole against the registry at REGISTRY; takes minutes
-	@$(PYTEST) tests/test_release.py
+	@$(PYTEST) tests/check_release.py
