@@ -32,7 +32,9 @@ def outcome(engine, tmp_path_factory) -> dict[str, dict]:
         more = "".join(f'"{requirement}", ' for requirement in wanted)
         main.write_text(re.sub(r"(# dependencies = \[)", lambda found: found[1] + more, main.read_text(), count=1))
         name = f"{NAME}-packages:{python}"
-        status, output = make("lock", "build", f"ENGINE={engine}", f"BASE_PYTHON={python}", f"IMAGE={name}", folder=folder)
+        status, output = make(
+            "lock", "build", f"ENGINE={engine}", f"BASE_PYTHON={python}", f"IMAGE={name}", folder=folder
+        )
         assert status == 0, output[-4000:]
         flags = (*STRICT, "--rm", f"--volume={HERE}/tests/packages.py:/app/packages.py:ro", "--entrypoint=python")
         outcome[python] = json.loads(run(engine, "run", *flags, name, "packages.py", *wanted).splitlines()[-1])
@@ -60,7 +62,10 @@ def megabytes(requirement: str, installed: dict[str, dict], base: set[str]) -> f
 
 def table(outcome: dict[str, dict]) -> str:
     """docs/packages.md, as this run found it."""
-    base = {canonicalize_name(name) for name in re.findall(r"^([\w.-]+)==", (HERE / "requirements.txt").read_text(), re.M)}
+    base = {
+        canonicalize_name(name)
+        for name in re.findall(r"^([\w.-]+)==", (HERE / "requirements.txt").read_text(), re.MULTILINE)
+    }
     pythons = sorted(PYTHONS)
     rows = []
     for requirement, function in TRIED.items():

@@ -19,9 +19,13 @@ def arm64(engine):
     """The image for arm64, which runs there."""
     base = f"python:{PYTHONS[0]}-slim"
     command = (engine, "run", "--rm", f"--platform={PLATFORM}", base, "python3", "-c")
-    says = subprocess.run([*command, "import os; print(os.uname().machine)"], capture_output=True, text=True, check=False)
+    says = subprocess.run(
+        [*command, "import os; print(os.uname().machine)"], capture_output=True, text=True, check=False
+    )
     if says.stdout.strip() != "aarch64":
-        missing(f"{engine} runs no {PLATFORM}: install QEMU's user emulation and pull {base} for it ({says.stderr[-200:]})")
+        missing(
+            f"{engine} runs no {PLATFORM}: install QEMU's user emulation and pull {base} for it ({says.stderr[-200:]})"
+        )
     name = f"{NAME}:arm64"
     run("make", "build", f"ENGINE={engine}", f"IMAGE={name}", f"PLATFORM={PLATFORM}")
     return Image(engine, PYTHONS[0], name, f"--platform={PLATFORM}")
@@ -51,5 +55,7 @@ def test_arm64_image_is_as_small_and_its_packages_are_found(arm64, tmp_path):
     found = json.loads(run(UV, "tool", "run", "--from", SYFT, "syft", f"dir:{tmp_path / 'root'}", "--output", "json"))
     names = {package["name"] for package in found["artifacts"]}
     assert {"libc6", "libssl3t64", "ca-certificates", "fastapi", "uvicorn", "pydantic-core"} <= names
-    architectures = {package["metadata"].get("architecture") for package in found["artifacts"] if package["type"] == "deb"}
+    architectures = {
+        package["metadata"].get("architecture") for package in found["artifacts"] if package["type"] == "deb"
+    }
     assert architectures <= {"arm64", "all"}

@@ -98,7 +98,9 @@ def index(tmp_path):
     with zipfile.ZipFile(wheel, "w") as package:
         package.writestr("private.py", "ANSWER = 42\n")
         package.writestr("private-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: private\nVersion: 1.0\n")
-        package.writestr("private-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        package.writestr(
+            "private-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         package.writestr("private-1.0.dist-info/RECORD", "private.py,,\n")
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
@@ -142,5 +144,10 @@ def test_private_index_with_a_password_and_an_authority_of_its_own_leaves_no_tra
     assert answer == "42"
     run(engine, "save", "--output", tmp_path / "image.tar", name)
     certificate = (tmp_path / "ca.pem").read_bytes().splitlines()[1]
-    found = [secret for blob in blobs(tmp_path / "image.tar") for secret in (PASSWORD.encode(), certificate) if secret in blob]
+    found = [
+        secret
+        for blob in blobs(tmp_path / "image.tar")
+        for secret in (PASSWORD.encode(), certificate)
+        if secret in blob
+    ]
     assert found == []

