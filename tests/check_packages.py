@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -22,15 +23,15 @@ def tried_on(python: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def outcome(engine, tmp_path_factory) -> dict[str, dict]:
+def outcome(engine, tmp_path_factory) -> dict[str, Any]:
     """For each Python: what failed, and the size and the requirements of each distribution."""
-    outcome = {}
+    outcome: dict[str, Any] = {}
     for python in PYTHONS:
         folder = copy_five(tmp_path_factory.mktemp("packages"))
         wanted = tried_on(python)
         main = folder / "main.py"
         more = "".join(f'"{requirement}", ' for requirement in wanted)
-        main.write_text(re.sub(r"(# dependencies = \[)", lambda found: found[1] + more, main.read_text(), count=1))
+        main.write_text(main.read_text().replace("# dependencies = [", f"# dependencies = [{more}", 1))
         name = f"{NAME}-packages:{python}"
         status, output = make(
             "lock", "build", f"ENGINE={engine}", f"BASE_PYTHON={python}", f"IMAGE={name}", folder=folder
@@ -42,7 +43,7 @@ def outcome(engine, tmp_path_factory) -> dict[str, dict]:
     return outcome
 
 
-def megabytes(requirement: str, installed: dict[str, dict], base: set[str]) -> float:
+def megabytes(requirement: str, installed: dict[str, Any], base: set[str]) -> float:
     """What a package and all that it needs add to the packages of the lock."""
     sizes = {canonicalize_name(name): distribution for name, distribution in installed.items()}
     found, waiting = set(), [Requirement(requirement)]
@@ -60,7 +61,7 @@ def megabytes(requirement: str, installed: dict[str, dict], base: set[str]) -> f
     return sum(sizes[name]["bytes"] for name in {key[0] for key in found} - base) / 1e6
 
 
-def table(outcome: dict[str, dict]) -> str:
+def table(outcome: dict[str, Any]) -> str:
     """docs/packages.md, as this run found it."""
     base = {
         canonicalize_name(name)

@@ -85,7 +85,7 @@ class Index(http.server.SimpleHTTPRequestHandler):
         self.send_header("WWW-Authenticate", "Basic")
         return self.end_headers()
 
-    def log_message(self, *_) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
 
