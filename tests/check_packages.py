@@ -63,7 +63,7 @@ def megabytes(requirement: str, installed: dict[str, Any], base: set[str]) -> fl
 
 def table(outcome: dict[str, Any]) -> str:
     """docs/packages.md, as this run found it."""
-    base = {
+    base: set[str] = {
         canonicalize_name(name)
         for name in re.findall(r"^([\w.-]+)==", (HERE / "requirements.txt").read_text(), re.MULTILINE)
     }

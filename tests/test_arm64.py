@@ -6,7 +6,7 @@ import tarfile
 
 import pytest
 
-from tests.harness import NAME, PYTHONS, UV, Image, check_contract, missing, run, wait_until
+from tests.harness import NAME, PYTHONS, UV, Image, answers, check_contract, missing, run, wait_until
 from tests.test_image import SYFT
 
 PLATFORM = "linux/arm64"
@@ -32,11 +32,12 @@ def arm64(engine):
 
 
 def test_arm64_image_holds_the_contract_under_strict_settings_and_stops_cleanly(arm64):
-    with arm64.container(flags=("--tmpfs=/tmp", "--memory=256m")) as container:
+    with arm64.container(flags=("--tmpfs=/tmp", "--memory=256m"), ready=False) as container:
+        wait_until(lambda: answers(container.url), 300)  # which emulation takes
         check_contract(container.url)
-        assert container.python_says("import platform; print(platform.machine())") == "aarch64"
-        if arm64.engine == "docker":
-            wait_until(lambda: container.inspect("State.Health.Status") == "healthy")
+        assert container.python_says("import os; print(os.uname().machine)") == "aarch64"
+        check = ("--env=HANG_SECONDS=60", container.id, *container.inspect("Config.Healthcheck.Test")[1:])
+        run(arm64.engine, "exec", *check)
         status, _ = container.stop()
     assert status == 0
 

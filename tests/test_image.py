@@ -271,7 +271,9 @@ print(ChangeReload.__module__)"""
 
 def test_reload_serves_a_change_in_a_mounted_folder(image, variant):
     source = variant("")
-    with image.container("--reload", flags=(f"--volume={source.parent}:/app:ro", "--memory=256m")) as container:
+    source.parent.chmod(0o755)
+    plain = Image(image.engine, image.python, image.name)
+    with plain.container("--reload", flags=(f"--volume={source.parent}:/app:ro", "--memory=256m")) as container:
         assert httpx.get(container.url).json() == {"Hello": "World"}
         source.write_text(source.read_text().replace("Greeting(Hello=settings.hello)", 'Greeting(Hello="change")'))
         wait_until(lambda: answers(container.url) and httpx.get(container.url).json() == {"Hello": "change"})
