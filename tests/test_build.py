@@ -22,7 +22,7 @@ NEEDS = r"""
 RUN sed 's/libuuid\.so\.1/libnone.so.1/' /usr/local/lib/python3.??/lib-dynload/_uuid.*.so \
     > /tmp/needs.so && mv -t /usr/local/lib/python3.??/site-packages /tmp/needs.so"""
 UNRECORDED = r"""
-RUN cp /usr/lib/*/libuuid.so.1 /usr/local/lib/libnone.so.1 && ldconfig"""
+RUN sed 's/libuuid\.so\.1/libnone.so.1/' /usr/lib/*/libuuid.so.1 > /usr/local/lib/libnone.so.1 && ldconfig"""
 BROKEN = r"""
 RUN echo 'raise ImportError("broken")' > /usr/local/lib/python3.??/site-packages/h11/__init__.py"""
 

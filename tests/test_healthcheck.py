@@ -21,13 +21,14 @@ def check(container, *flags: str) -> int:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory):
-    """A folder with a server's certificate and key, which any user may read."""
+    """A folder with a server's certificate and key, and a port, which any user may read."""
     folder = tmp_path_factory.mktemp("tls")
     authority = trustme.CA()
     issued = authority.issue_cert("localhost")
     authority.cert_pem.write_to_path(str(folder / "ca.pem"))
     issued.private_key_pem.write_to_path(str(folder / "key.pem"))
     issued.cert_chain_pems[0].write_to_path(str(folder / "certificate.pem"))
+    (folder / "port").write_text("9000\n")
     for file in folder.iterdir():
         file.chmod(0o644)
     folder.chmod(0o755)
@@ -47,6 +48,7 @@ TLS = ("--ssl-certfile=/tls/certificate.pem", "--ssl-keyfile", "/tls/key.pem")
         (("--env=UVICORN_PORT=9000",), ("--port", "9001")),
         (("--env=PORT=9000",), ()),
         (("--env=PORT=",), ()),
+        (("--env=PORT=", "--env=PORT_FILE=/tls/port"), ()),
         ((), ("--host", "127.0.0.1")),
         ((), ("--host", "::1")),
         (("--env=UVICORN_HOST=::",), ()),
