@@ -14,10 +14,10 @@ from starlette.testclient import TestClient
 from uvicorn.protocols.http import httptools_impl
 
 sys.path.append(str(Path(__file__).parents[2]))  # at the end, since the suites have a folder named `tests`, too
-import main  # noqa: E402
+import main
 
 
-def surround(framework: type[Starlette]) -> None:
+def surround(framework: Any) -> None:
     """Put main.py's middlewares before an app's own, for each app of this class that a TestClient has got."""
     build = framework.build_middleware_stack
 
@@ -34,7 +34,7 @@ def surround(framework: type[Starlette]) -> None:
     framework.build_middleware_stack = build_surrounded
 
 
-def mark_apps(client: type[TestClient]) -> None:
+def mark_apps(client: Any) -> None:
     """Mark each app that a client is made for; the apps that are mounted in it, or in something else, are not."""
     make = client.__init__
 
@@ -50,8 +50,8 @@ def mark_apps(client: type[TestClient]) -> None:
 surround(Starlette)
 surround(FastAPI)
 mark_apps(TestClient)
-main.Http.__name__ = "HttpToolsProtocol"  # since uvicorn's tests skip by it what its own does not do either
-httptools_impl.HttpToolsProtocol = main.Http  # which is where uvicorn and its tests find it
+main.Http.__name__ = "HttpToolsProtocol"  # since uvicorn's tests skip, by this name, what its own does not do either
+vars(httptools_impl)["HttpToolsProtocol"] = main.Http  # where uvicorn and its tests find it
 
 
 def pytest_configure() -> None:

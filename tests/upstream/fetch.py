@@ -25,15 +25,17 @@ OPTIONAL = "fastapi[all]\norjson\nujson\n"  # beside the groups, or tests of Fas
 
 def uv(*arguments: str | Path, given: str = "") -> None:
     """Run uv in its quiet way, with `given` as its input; exit with what it says where it fails."""
-    done = subprocess.run([ROOT / ".venv/bin/uv", "--quiet", *arguments], input=given, text=True, capture_output=True)
+    command = [ROOT / ".venv/bin/uv", "--quiet", *arguments]
+    done = subprocess.run(command, check=False, input=given, text=True, capture_output=True)
     if done.returncode:
         sys.exit(f"Cannot fetch what the tests need: {' '.join(done.stderr.split())}")
 
 
 def read_locked() -> list[dict[str, Any]]:
     """Return the lock's packages, with the addresses of their files and when each was published."""
-    uv("pip", "compile", "--no-deps", "--universal", "--format", "pylock.toml", "--output-file", ROOM / "pylock.toml", LOCK)
-    return tomllib.loads((ROOM / "pylock.toml").read_text())["packages"]
+    file = ROOM / "pylock.toml"
+    uv("pip", "compile", "--no-deps", "--universal", "--format", "pylock.toml", "--output-file", file, LOCK)
+    return tomllib.loads(file.read_text())["packages"]
 
 
 def unpack(package: dict[str, Any]) -> None:
@@ -44,7 +46,7 @@ def unpack(package: dict[str, Any]) -> None:
     except URLError as error:
         sys.exit(f"Cannot fetch the source distribution of {package['name']}: {error.reason}")
     if hashlib.sha256(data).hexdigest() not in LOCK.read_text():
-        sys.exit(f"The source distribution of {package['name']} is not the one that requirements.txt names by its hash.")
+        sys.exit(f"The source distribution of {package['name']} has none of the hashes in requirements.txt.")
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         for member in archive:
             member.name = member.name.partition("/")[2]
