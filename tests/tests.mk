@@ -10,6 +10,16 @@ ZIZMOR     := $(UV) tool run zizmor@1.32.0 --offline --pedantic --strict-collect
 check: .venv/ready ## Run all tests, those of the container and the deployments too; ENGINE insists on an engine
 	@$(PYTEST) --numprocesses 3 --dist loadgroup $(TESTS)
 
+# Which of the frameworks' suites run; image-3.15 and image-3.14 are FastAPI's inside the image of that Python.
+SUITES ?= fastapi starlette uvicorn image-3.15 image-3.14
+
+.PHONY: check-upstream
+check-upstream: engine .venv/upstream/ready ## Run the own tests of FastAPI, Starlette and uvicorn with our parts in place
+	@ENGINE=$(ENGINE) IMAGE=$(IMAGE) .venv/bin/python tests/upstream/run.py $(SUITES)
+
+.venv/upstream/ready: .venv/ready requirements.txt tests/upstream/fetch.py
+	@.venv/bin/python tests/upstream/fetch.py && touch $@
+
 lint: lint-scripts
 lint-scripts: .venv/ready
 	$(SHELLCHECK) $(shell find .ci deploy tests -type f -perm -u+x)
