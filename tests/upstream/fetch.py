@@ -13,7 +13,6 @@ import tarfile
 import tomllib
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 from urllib.request import urlopen
 
 ROOT = Path(__file__).parents[2]
@@ -43,8 +42,8 @@ def unpack(package: dict[str, Any]) -> None:
     try:
         with urlopen(package["sdist"]["url"]) as response:
             data = response.read()
-    except URLError as error:
-        sys.exit(f"Cannot fetch the source distribution of {package['name']}: {error.reason}")
+    except OSError as error:
+        sys.exit(f"Cannot fetch the source distribution of {package['name']}: {error}")
     if hashlib.sha256(data).hexdigest() not in LOCK.read_text():
         sys.exit(f"The source distribution of {package['name']} has none of the hashes in requirements.txt.")
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
