@@ -56,7 +56,8 @@ def run_in_image(python: str, results: Path) -> None:
         sys.exit(f"{tests}: what the tests need cannot be built; the reason is above.")
     run(ENGINE, "rm", "--force", "--volumes", tests, capture_output=True)
     pytest = [*PYTEST, "--suite=image", "--junit-xml=/suite/results.xml", "tests"]
-    run(ENGINE, "run", "--name", tests, "--read-only", "--tmpfs", "/tmp", "--volume", "/suite", tests, *pytest)
+    options = ["--no-healthcheck", "--read-only", "--tmpfs=/tmp", "--volume=/suite"]
+    run(ENGINE, "run", "--name", tests, *options, tests, *pytest)
     run(ENGINE, "cp", f"{tests}:/suite/results.xml", results, capture_output=True)
     run(ENGINE, "rm", "--force", "--volumes", tests, capture_output=True)
     run(ENGINE, "image", "rm", "--force", image, tests, capture_output=True)
