@@ -1,0 +1,29 @@
+# Knobs of Compose and Swarm; the manifests have their defaults. PREFIX: `api`, `/api` and `/api/` are the same.
+override PREFIX := $(subst $() ,,$(addprefix /,$(subst /, ,$(PREFIX))))
+export ENGINE NAME IMAGE HOST PREFIX REPLICAS
+
+COMPOSE = $(ENGINE) compose --project-directory deploy
+
+##@ Deploy
+
+.PHONY: up
+up: build ## Serve on this machine with HTTPS: replicas behind a proxy; what runs already is replaced as by `make update`
+	@deploy/up
+	@echo "Service: https://$(or $(HOST),localhost):$(or $(HTTPS_PORT),443)$(PREFIX)/"
+
+.PHONY: update
+update: build ## Put new replicas in the place of those that `make up` started, without losing a request
+	@test "$$($(COMPOSE) ps --quiet service)" || { echo "Nothing to update: \`make up\` starts it."; exit 1; }
+	@deploy/up
+
+.PHONY: down
+down: engine ## Stop what `make up` started: the proxy, then the replicas after their drain
+	@$(COMPOSE) down
+
+.PHONY: stack
+stack: build ## Deploy to a Docker Swarm, or update it, once the steps before starting have succeeded
+	@deploy/stack
+
+.PHONY: watch
+watch: base ## Serve main.py in a container, anew after each change of it; a changed lock builds the image anew
+	@$(ENGINE) compose --file deploy/watch.yaml up --build --watch
