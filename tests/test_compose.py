@@ -68,7 +68,7 @@ class Stack:
         text = file.read_text() if file.exists() else "services:\n"
         file.write_text(f"{text}  {service}: {{ {line} }}\n")
 
-    def set(self, setting: str, secret: str) -> None:
+    def keep(self, setting: str, secret: str) -> None:
         (self.directory / "settings.env").write_text(f"# a comment\nHELLO={setting}\n")
         (self.directory / "secrets/database_url").write_text(secret)
 
@@ -112,7 +112,7 @@ def image(engine) -> str:
 @pytest.fixture(scope="module", params=["", "/api"])
 def stack(request, image, tmp_path_factory):
     stack = Stack(tmp_path_factory.mktemp("stack"), image, PREFIX=request.param)
-    stack.set(SETTING, SECRET)
+    stack.keep(SETTING, SECRET)
     with stack.up():
         yield stack
 
@@ -277,8 +277,7 @@ def give_certificate(directory: Path) -> trustme.CA:
     authority = trustme.CA()
     certificate = authority.issue_cert("localhost")
     certificate.private_key_pem.write_to_path(directory / "certificate/tls.key")
-    for pem in certificate.cert_chain_pems:
-        pem.write_to_path(directory / "certificate/tls.crt", append=True)
+    certificate.cert_chain_pems[0].write_to_path(directory / "certificate/tls.crt")
     return authority
 
 
@@ -319,7 +318,7 @@ def kill(stack: Stack) -> None:
 def update(stack: Stack) -> None:
     """With another setting and another secret, which the new replicas have."""
     old = {replica.id for replica in stack.containers("service")}
-    stack.set("Moon", "another")
+    stack.keep("Moon", "another")
     stack.update()
     new = stack.containers("service")
     assert (len(new), old & {replica.id for replica in new}) == (2, set())
@@ -412,8 +411,7 @@ def test_watch_serves_an_edit_of_main_py_and_builds_a_changed_lock_anew(image, t
         try:
             wait_until(lambda: answers(url), 120)
             first = built()
-            main = tmp_path / "main.py"
-            main.write_text(main.read_text().replace("Read an item", "Read the item"))
+    XX.replace("Read an item", "Read the item"))
             seconds = wait_until(lambda: says("Read the item"))
             print(f"an edit of main.py is served after {seconds:.1f} s")
             assert built() == first

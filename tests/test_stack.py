@@ -3,31 +3,50 @@
 import asyncio
 import json
 import os
+import shutil
+import ssl
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 import pytest
+import trustme
 
 from tests import harness
 from tests.harness import HERE, RATE, Clients, Container, Image, Load, free_port, missing, run, wait_until
 
 NAME = f"{harness.NAME}-stack"
+SETTING, SECRET = """it's "5 $HOME" # \\n""", "postgresql://user:password@database"
 
 
 class Stack:
-    """deploy/stack.yaml on this machine."""
+    """What deploy/stack makes of a copy of deploy/ on this machine."""
 
     service = f"{NAME}_service"
 
-    def __init__(self, image: Image) -> None:
+    def __init__(self, directory: Path, image: Image) -> None:
+        self.directory = shutil.copytree(HERE / "deploy", directory / "deploy", symlinks=True)
         self.image, ports = image, (free_port(), free_port())
-        self.http, self.url = f"http://127.0.0.1:{ports[0]}", f"https://127.0.0.1:{ports[1]}"
-        self.environment = os.environ | {"HTTP_PORT": str(ports[0]), "HTTPS_PORT": str(ports[1])}
+        self.http, self.url = f"http://localhost:{ports[0]}", f"https://localhost:{ports[1]}"
+        knobs = {"NAME": NAME, "HTTP_PORT": str(ports[0]), "HTTPS_PORT": str(ports[1]), "NETWORK": "10.91.255"}
+        self.environment = os.environ | knobs
+        self.keep(SETTING, SECRET)
+        self.authority = trustme.CA()
+        certificate = self.authority.issue_cert("localhost")
+        certificate.cert_chain_pems[0].write_to_path(self.directory / "certificate/tls.crt")
+        certificate.private_key_pem.write_to_path(self.directory / "certificate/tls.key")
+
+    def keep(self, setting: str, secret: str) -> None:
+        (self.directory / "settings.env").write_text(f"# a comment\nHELLO={setting}\n")
+        (self.directory / "secrets/database_url").write_text(secret)
 
     def deploy(self) -> None:
-        command = "docker stack deploy --compose-file deploy/stack.yaml --resolve-image never --detach=false --quiet"
-        run(*command.split(), NAME, cwd=HERE, env=self.environment | {"IMAGE": self.image.name})
+        run("./stack", cwd=self.directory, env=self.environment | {"IMAGE": self.image.name})
+
+    def say(self, code: str) -> list[str]:
+        """What each replica says to this code."""
+        return [Container("docker", replica).python_says(code) for replica in self.replicas()]
 
     def replicas(self, *flags: str) -> set[str]:
         return {*run("docker", "ps", "--quiet", f"--filter=name={self.service}", *flags).splitlines()}
@@ -61,12 +80,12 @@ class Stack:
 
 
 @pytest.fixture(scope="module")
-def stack(engine):
+def stack(engine, tmp_path_factory):
     if engine != "docker":
         missing("Swarm is Docker's")
     if alone := run("docker", "info", "--format", "{{.Swarm.LocalNodeState}}") == "inactive":
         run("docker", "swarm", "init", "--advertise-addr=127.0.0.1", "--listen-addr=127.0.0.1")
-    stack = Stack(Image.build(engine))
+    stack = Stack(tmp_path_factory.mktemp("stack"), Image.build(engine))
     run("docker", "stack", "rm", "--detach=false", NAME)  # what a run that was cut off has left
     try:
         stack.deploy()
@@ -94,6 +113,38 @@ def test_stack_believes_the_proxy_alone_about_the_client(stack):
     assert seen == [(gateway, "https"), ("127.0.0.1", "http")]
 
 
+def test_stack_serves_the_certificate_that_it_is_given(stack):
+    context = ssl.create_default_context()
+    stack.authority.configure_trust(context)
+    wait_until(lambda: httpx.get(f"{stack.url}/items/5", verify=context).status_code == 200)
+
+
+TELL = "import os; print(os.environ['HELLO'], open('/run/secrets/database_url').read(), sep='\\n')"
+RIGHTS = """
+import os
+with open("/proc/self/status") as status:
+    print(*(line.split()[1] for line in status if line.startswith(("CapBnd", "Uid"))))
+print(open("/proc/1/cmdline").read().split(chr(0))[0])
+files = os.statvfs("/tmp")
+print(files.f_blocks * files.f_frsize // 2**20, os.access("/tmp", os.W_OK), os.statvfs("/").f_flag & os.ST_RDONLY)
+"""
+
+
+def test_stack_gives_each_replica_its_settings_and_secrets_as_they_stand_in_their_files(stack):
+    assert stack.say(TELL) == [f"{SETTING}\n{SECRET}"] * 3
+
+
+def test_stack_runs_each_replica_below_an_init_with_no_rights_and_a_bounded_place_for_uploads(stack):
+    assert stack.say(RIGHTS) == ["65532 0000000000000000\n/sbin/docker-init\n32 True 1"] * 3
+
+
+def test_stack_loses_no_request_to_another_setting_and_another_secret(stack):
+    old = stack.replicas()
+    stack.keep("Moon", "another")
+    stack.loses_nothing(stack.deploy, lambda: not old & stack.replicas())
+    assert stack.say(TELL) == ["Moon\nanother"] * 3
+
+
 def test_stack_loses_no_request_to_an_update(stack, variant):
     old = stack.replicas()
     stack.image = stack.image.rebuilt(variant('@app.get("/version")\nasync def version() -> int:\n    return 2'))
@@ -111,10 +162,15 @@ def test_stack_loses_no_request_to_a_replica_that_is_killed(stack):
 
 def test_stack_loses_no_request_to_a_version_that_never_gets_ready_and_is_rolled_back(stack, variant):
     before = stack.replicas()
-    stack.image = stack.image.rebuilt(variant("import time\ntime.sleep(3600)"))
-    stack.loses_nothing(stack.deploy, lambda: stack.replicas() == before)
-    state = run("docker", "service", "inspect", "--format", "{{.UpdateStatus.State}}", stack.service)
-    assert state == "rollback_completed"
+    stack.image = stack.image.rebuilt(
+        variant("import sys, time\nif '--prestart' not in sys.argv:\n    time.sleep(3600)")
+    )
+
+    def deploy() -> None:
+        with pytest.raises(AssertionError, match="rollback_completed"):
+            stack.deploy()
+
+    stack.loses_nothing(deploy, lambda: stack.replicas() == before)
 
 
 @pytest.mark.parametrize("count", [5, 2])
