@@ -1,6 +1,6 @@
 # Knobs of Compose and Swarm; the manifests have their defaults. PREFIX: `api`, `/api` and `/api/` are the same.
 override PREFIX := $(subst $() ,,$(addprefix /,$(subst /, ,$(PREFIX))))
-export ENGINE NAME IMAGE HOST PREFIX REPLICAS
+export ENGINE NAME IMAGE PYTHON HOST PREFIX REPLICAS METRICS
 
 COMPOSE = $(ENGINE) compose --project-directory deploy
 
@@ -18,7 +18,7 @@ update: build ## Put new replicas in the place of those that `make up` started, 
 
 .PHONY: down
 down: engine ## Stop what `make up` started: the proxy, then the replicas after their drain
-	@$(COMPOSE) down
+	@$(COMPOSE) --profile '*' down
 
 .PHONY: stack
 stack: build ## Deploy to a Docker Swarm, or update it, once the steps before starting have succeeded
@@ -27,3 +27,11 @@ stack: build ## Deploy to a Docker Swarm, or update it, once the steps before st
 .PHONY: watch
 watch: base ## Serve main.py in a container, anew after each change of it; a changed lock builds the image anew
 	@$(ENGINE) compose --file deploy/watch.yaml up --build --watch
+
+# The packages beside those of requirements.txt, whose versions stay.
+.PHONY: lock-metrics
+lock-metrics: .venv/ready
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	    --custom-compile-command "make lock-metrics" --constraint $(LOCK) \
+	    $(shell sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' $(LOCK)) \
+	    --output-file deploy/metrics/requirements.txt deploy/metrics/packages.in

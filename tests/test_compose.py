@@ -411,7 +411,8 @@ def test_watch_serves_an_edit_of_main_py_and_builds_a_changed_lock_anew(image, t
         try:
             wait_until(lambda: answers(url), 120)
             first = built()
-    XX.replace("Read an item", "Read the item"))
+            edited = tmp_path / "main.py"
+            edited.write_text(edited.read_text().replace("Read an item", "Read the item"))
             seconds = wait_until(lambda: says("Read the item"))
             print(f"an edit of main.py is served after {seconds:.1f} s")
             assert built() == first
