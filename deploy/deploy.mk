@@ -1,37 +1,32 @@
 # Knobs of Compose and Swarm; the manifests have their defaults. PREFIX: `api`, `/api` and `/api/` are the same.
 override PREFIX := $(subst $() ,,$(addprefix /,$(subst /, ,$(PREFIX))))
-export ENGINE NAME IMAGE PYTHON HOST PREFIX REPLICAS METRICS
+export ENGINE NAME IMAGE BASE_PYTHON HOST PREFIX REPLICAS METRICS
 
-COMPOSE = $(ENGINE) compose --project-directory deploy
+COMPOSE    = $(ENGINE) compose --project-directory deploy
+RUN_FLAGS += --env-file deploy/settings.env --volume "$(CURDIR)/deploy/secrets:/run/secrets:ro"
 
-##@ Deploy
-
-.PHONY: up
-up: build ## Serve on this machine with HTTPS: replicas behind a proxy; what runs already is replaced as by `make update`
+.PHONY: up update down stack watch lock-metrics
+##@ Deployments
+up: build ## Serve on this machine with HTTPS: replicas behind a proxy; what runs already is replaced as by `update`
 	@deploy/up
 	@echo "Service: https://$(or $(HOST),localhost):$(or $(HTTPS_PORT),443)$(PREFIX)/"
 
-.PHONY: update
 update: build ## Put new replicas in the place of those that `make up` started, without losing a request
 	@test "$$($(COMPOSE) ps --quiet service)" || { echo "Nothing to update: \`make up\` starts it."; exit 1; }
 	@deploy/up
 
-.PHONY: down
 down: engine ## Stop what `make up` started: the proxy, then the replicas after their drain
 	@$(COMPOSE) --profile '*' down
 
-.PHONY: stack
 stack: build ## Deploy to a Docker Swarm, or update it, once the steps before starting have succeeded
 	@deploy/stack
 
-.PHONY: watch
 watch: base ## Serve main.py in a container, anew after each change of it; a changed lock builds the image anew
 	@$(ENGINE) compose --file deploy/watch.yaml up --build --watch
 
 # The packages beside those of requirements.txt, whose versions stay.
-.PHONY: lock-metrics
 lock-metrics: .venv/ready
-	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	@$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	    --custom-compile-command "make lock-metrics" --constraint $(LOCK) \
 	    $(shell sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' $(LOCK)) \
 	    --output-file deploy/metrics/requirements.txt deploy/metrics/packages.in

@@ -27,12 +27,14 @@ from tests.harness import (
     Load,
     answers,
     free_port,
+    frozen,
     make,
     missing,
     run,
     wait_until,
 )
 
+pytestmark = pytest.mark.xdist_group("compose")
 NUMBERS = itertools.count(random.randrange(200))
 FORGED = {"X-Forwarded-For": "203.0.113.7", "X-Forwarded-Proto": "http", "X-Real-Ip": "203.0.113.7"}
 SETTING, SECRET = """it's "5 $HOME" # \\n""", "postgresql://user:password@database"
@@ -106,7 +108,7 @@ class Stack:
 def image(engine) -> str:
     if engine != "docker":
         missing("Traefik reads Docker's socket")
-    return Image.build(engine).name
+    return Image.build(engine).rebuilt(frozen()).name
 
 
 @pytest.fixture(scope="module", params=["", "/api"])
@@ -390,8 +392,9 @@ WATCH = ["docker", "compose", "--file", "deploy/watch.yaml"]
 
 
 def test_watch_serves_an_edit_of_main_py_and_builds_a_changed_lock_anew(image, tmp_path):
-    for name in ("main.py", "Dockerfile", "requirements.txt", ".dockerignore"):
+    for name in ("Dockerfile", "requirements.txt", ".dockerignore"):
         shutil.copy2(HERE / name, tmp_path)
+    shutil.copy2(frozen(), tmp_path)
     shutil.copytree(HERE / "deploy", tmp_path / "deploy", symlinks=True)
     port, name, lock = str(free_port()), f"{NAME}-watch", tmp_path / "requirements.txt"
     environment = os.environ | {"NAME": name, "IMAGE": name, "PORT": port}

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,22 @@ from contextlib import suppress
 import httpx
 import pytest
 
-from tests.harness import HERE, NAME, PYTHONS, Image, free_port, missing, run, wait_until, write_variant
+from tests.harness import (
+    HERE,
+    NAME,
+    PYTHONS,
+    Container,
+    Image,
+    answers,
+    free_port,
+    missing,
+    run,
+    wait_until,
+    write_variant,
+)
 from tests.test_compose import Stack
 
+pytestmark = pytest.mark.xdist_group("metrics")
 WINDOW = 15  # seconds, in the place of the documents' minute
 QUERIES = re.search(r"```promql\n(.*?)```", (HERE / "docs/deployments.md").read_text(), re.DOTALL)
 RATE, ERRORS, SLOWEST, IN_FLIGHT = QUERIES[1].splitlines() if QUERIES else []
@@ -180,3 +194,61 @@ def test_metrics_alert_when_no_replica_is_left(told):
     told.load.over = True
     told.compose("stop", "service")
     wait_until(lambda: told.ask(dict(ALERTS)["Gone"].strip()))
+
+
+RECEIVER_OF_NOTHING = """
+import http.server
+class Receiver(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *_): pass
+http.server.ThreadingHTTPServer(("", 9090), Receiver).serve_forever()
+"""
+USED = "print([l.split()[1] for l in open('/proc/1/status') if 'VmRSS' in l][0], *open('/proc/1/stat').read().split()[13:15])"
+REQUESTS = 2000
+HERE_IT_GOES = "--env=OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=http://127.0.0.1:9090/v1/metrics"
+
+
+def cost(image: Image, *flags: str) -> tuple[float, float, float]:
+    """Of a container of this image: MB unpacked, MB resident after requests, and microseconds of CPU for each of these."""
+    receiver = ("-IS", "-c", RECEIVER_OF_NOTHING)
+    with image.container(*receiver, flags=("--entrypoint=python",), ready=False) as beside:
+        flags = (f"--network=container:{beside.id}", *image.flags, *flags)
+        service = Container("docker", run("docker", "run", "--detach", *flags, image.name))
+        try:
+            wait_until(lambda: answers(beside.url))
+            with httpx.Client(base_url=beside.url) as client:
+                for _ in range(REQUESTS // 10):
+                    client.get("/items/5")
+                before = used(service)
+                for _ in range(REQUESTS):
+                    client.get("/items/5")
+            resident, ticks = used(service)
+            size = len(subprocess.run(["docker", "export", service.id], stdout=subprocess.PIPE, check=True).stdout)
+        finally:
+            run("docker", "rm", "--force", service.id)
+    return size / 1e6, resident / 1000, (ticks - before[1]) * 1e4 / REQUESTS
+
+
+def used(container: Container) -> tuple[int, int]:
+    """Its first process's resident KB, and hundredths of a second of CPU."""
+    resident, *ticks = map(int, run("docker", "exec", container.id, "python", "-IS", "-c", USED).split())
+    return resident, sum(ticks)
+
+
+def test_metrics_cost_at_most_15_mb_of_an_image_that_is_not_the_base(engine):
+    if engine != "docker":
+        missing("the ways are Compose's")
+    image = Image.build(engine)
+    name, folder = f"{image.name}-metrics", HERE / "deploy/metrics"
+    run("docker", "build", "--quiet", f"--build-arg=IMAGE={image.name}", "--tag", name, folder)
+    measured = Image(engine, image.python, name, *image.flags)
+    costs = {"without": cost(image)}
+    costs |= {way: cost(measured, f"--env-file={folder / way}.env", HERE_IT_GOES) for way in ("otlp", "scrape")}
+    for way, figures in costs.items():
+        print("{}: {:.1f} MB unpacked, {:.1f} MB resident, {:.0f} µs a request".format(way, *figures))
+    assert costs["otlp"][0] - costs["without"][0] < 15
+    packages = "import importlib.util as u; print([n for n in ('opentelemetry.sdk', 'prometheus_client') if found(n)])"
+    assert image.python_says(f"found = lambda n: __import__('importlib.util').util.find_spec(n)\n{packages}") == "[]"

@@ -14,8 +14,9 @@ import pytest
 import trustme
 
 from tests import harness
-from tests.harness import HERE, RATE, Clients, Container, Image, Load, free_port, missing, run, wait_until
+from tests.harness import HERE, RATE, Clients, Container, Image, Load, free_port, frozen, missing, run, wait_until
 
+pytestmark = pytest.mark.xdist_group("stack")
 NAME = f"{harness.NAME}-stack"
 SETTING, SECRET = """it's "5 $HOME" # \\n""", "postgresql://user:password@database"
 
@@ -85,7 +86,7 @@ def stack(engine, tmp_path_factory):
         missing("Swarm is Docker's")
     if alone := run("docker", "info", "--format", "{{.Swarm.LocalNodeState}}") == "inactive":
         run("docker", "swarm", "init", "--advertise-addr=127.0.0.1", "--listen-addr=127.0.0.1")
-    stack = Stack(tmp_path_factory.mktemp("stack"), Image.build(engine))
+    stack = Stack(tmp_path_factory.mktemp("stack"), Image.build(engine).rebuilt(frozen()))
     run("docker", "stack", "rm", "--detach=false", NAME)  # what a run that was cut off has left
     try:
         stack.deploy()
