@@ -101,7 +101,7 @@ class Stack:
             self.update()
             yield self
         finally:
-            self.compose("down", "--timeout", "0", "--volumes")
+            self.compose("--profile", "*", "down", "--timeout", "0", "--volumes")
 
 
 @pytest.fixture(scope="module")
@@ -266,8 +266,8 @@ def test_compose_starts_nothing_when_a_step_before_starting_fails_and_its_log_sa
 
 def test_compose_serves_the_host_that_it_is_told_and_asks_for_its_certificate(image, tmp_path):
     server = f"https://127.0.0.1:{free_port()}/directory"
-    knobs = {"HOST": "example.org", "EMAIL": "me@example.org", "ACME_SERVER": server}
-    with Stack(tmp_path, image, **knobs).up() as stack, stack.client() as client:
+    stack = Stack(tmp_path, image, HOST="example.org", EMAIL="me@example.org", ACME_SERVER=server)
+    with stack.up(), stack.client() as client:
         wait_until(lambda: server in stack.compose("logs", "proxy"))
         assert '"domains":["example.org"]' in stack.compose("logs", "proxy")
         statuses = [client.get("/", headers={"Host": host}).status_code for host in ("example.org", "localhost")]

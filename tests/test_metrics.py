@@ -100,6 +100,7 @@ class Told(Stack):
     def __init__(self, directory, image: str, source, way: str, **knobs: str) -> None:
         self.way, port = way, str(free_port())
         self.monitor = f"http://127.0.0.1:{port}"
+        self.load: Steady
         super().__init__(directory, image, source, METRICS=way, PROMETHEUS_PORT=port, **knobs)
         for file in (f"{way}.env", f"{way}.yaml"):
             path = self.directory / "metrics" / file
@@ -131,10 +132,9 @@ def told(request, engine, tmp_path_factory):
     if not flags:
         path = stack.directory / "metrics/otlp.env"
         path.write_text(path.read_text().replace("/api/v1/otlp/", "/opentelemetry/"))
-    load = Steady(stack.url)
+    stack.load = load = Steady(stack.url)
     with stack.up():
         wait_until(stack.serves)
-        stack.load = load
         load.start()
         yield stack
         load.over = True
