@@ -72,7 +72,8 @@ class Stack:
             await asyncio.to_thread(wait_until, lambda: load.answered > answered + RATE)
             load.over = True
             print(
-                f"\nchanged at {changed:.3f} s, settled in {seconds:.1f} s, {load.answered} answered, {len(load.lost)} lost"
+                f"\nchanged at {changed:.3f} s, settled in {seconds:.1f} s, "
+                f"{load.answered} answered, {len(load.lost)} lost"
             )
 
         load = Clients(self.url)
