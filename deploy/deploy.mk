@@ -1,6 +1,9 @@
-# Knobs of Compose and Swarm; the manifests have their defaults. PREFIX: `api`, `/api` and `/api/` are the same.
+# Knobs of Compose and Swarm, whose manifests have the defaults; deploy/.env keeps yours. PREFIX: `api`, `/api` and `/api/`
+# are the same.
+-include deploy/.env
 override PREFIX := $(subst $() ,,$(addprefix /,$(subst /, ,$(PREFIX))))
-export ENGINE NAME IMAGE BASE_PYTHON HOST PREFIX REPLICAS METRICS
+export ACME_SERVER BASE_PYTHON EMAIL ENGINE HANG_SECONDS HOST HTTP_PORT HTTPS_PORT IMAGE MEMORY METRICS NAME NETWORK \
+    PREFIX PROMETHEUS PROMETHEUS_PORT REPLICAS STOP_SECONDS TRAEFIK
 
 COMPOSE    = $(ENGINE) compose --project-directory deploy
 RUN_FLAGS += --env-file deploy/settings.env --volume "$(CURDIR)/deploy/secrets:/run/secrets:ro"
