@@ -69,7 +69,7 @@ def test_timeouts_are_as_the_documents_say_and_fit_into_each_other():
         seconds(KUBERNETES, "\n      terminationgraceperiodseconds:"),
     )
     table = (HERE / "docs/deployments.md").read_text().partition("## Timeouts")[2]
-    assert [float(number) for number in re.findall(r"^\| (\d+) \| ", table, re.MULTILINE)] == [
+    assert [float(number) for number in re.findall(r"^\| ([\d.]+) \| ", table, re.MULTILINE)] == [
         unready(COMPOSE),
         unready(STACK),
         drain,
