@@ -33,3 +33,16 @@ lock-metrics: .venv/ready
 	    --custom-compile-command "make lock-metrics" --constraint $(LOCK) \
 	    $(shell sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' $(LOCK)) \
 	    --output-file deploy/metrics/requirements.txt deploy/metrics/packages.in
+
+CONTEXT   ?=
+NAMESPACE ?=
+
+##@ Deploy
+
+.PHONY: deploy
+deploy: ## Deploy to the Kubernetes of CONTEXT: the steps before starting, then the replicas; goes back where these fail
+	@CONTEXT="$(CONTEXT)" NAMESPACE="$(NAMESPACE)" IMAGE="$(if $(filter file,$(origin IMAGE)),,$(IMAGE))" deploy/rollout deploy
+
+.PHONY: undeploy
+undeploy: ## Remove from the Kubernetes of CONTEXT what `make deploy` has brought
+	@CONTEXT="$(CONTEXT)" NAMESPACE="$(NAMESPACE)" deploy/rollout undeploy
