@@ -1,34 +1,46 @@
-"""What kubernetes.yaml promises: schema, timeouts, and the pod that Podman makes of it, probed as a kubelet does."""
+"""What deploy/kubernetes promises without a cluster: schemas, one place for each value, the pod as Podman plays it."""
 
 import json
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
 
 import httpx
 import pytest
 
 import main
 from tests.harness import HERE, NAME, UV, Container, Image, answers, free_port, missing, run, wait_until
+from tests.kubernetes.cluster import Copy
 
-pytestmark = [pytest.mark.check, pytest.mark.xdist_group("pods")]
-MANIFEST = HERE / "deploy/kubernetes.yaml"
+SPREAD = "topologySpreadConstraints"
 VALIDATOR = "kubernetes-validate@1.37.0"  # of the Kubernetes whose schemas it brings
-CONTAINER = Container("podman", f"{NAME}-pod-{NAME}")
+CONTAINER = Container("podman", f"{NAME}-pod-service")
+
+
+def copied(folder: Path, *components: str) -> Copy:
+    """A user's copy, whose manifests can be rendered without a cluster."""
+    if not shutil.which("kubectl"):
+        missing("kubectl renders the manifests: install it")
+    return Copy(folder / "clone", "default", "", NAME, "\n  - components/".join(components))
+
+
+def read(manifest: str) -> list[dict]:
+    """Its documents, read with the YAML library of the validator."""
+    code = "import json, sys, yaml; print(json.dumps([*yaml.safe_load_all(sys.stdin)]))"
+    return json.loads(run(UV, "tool", "run", "--from", VALIDATOR, "python", "-c", code, input=manifest))
 
 
 @pytest.fixture(scope="session")
-def manifest() -> str:
-    return MANIFEST.read_text().replace("fastapi-container", NAME)
+def manifest(tmp_path_factory) -> str:
+    return copied(tmp_path_factory.mktemp("copy"), "ingress", "prestart").render()
 
 
 @pytest.fixture(scope="session")
 def documents(manifest) -> dict[str, dict]:
-    """The manifest's documents by their kind, read with the YAML library of its validator."""
-    code = "import json, sys, yaml; print(json.dumps([*yaml.safe_load_all(sys.stdin)]))"
-    listed = json.loads(run(UV, "tool", "run", "--from", VALIDATOR, "python", "-c", code, input=manifest))
-    return {document["kind"]: document["spec"] for document in listed}
+    return {document["kind"]: document.get("spec") for document in read(manifest)}
 
 
 @pytest.fixture(scope="session")
@@ -95,21 +107,68 @@ def events(since: float) -> list[str]:
 # --- The manifest ---
 
 
-def test_manifest_is_valid_in_the_newest_kubernetes():
-    run(UV, "tool", "run", VALIDATOR, "--strict", MANIFEST)
+def test_manifests_are_valid_in_the_newest_kubernetes(manifest, tmp_path):
+    path = tmp_path / "manifest.yaml"
+    path.write_text(manifest)
+    run(UV, "tool", "run", VALIDATOR, "--strict", path)
 
 
-def test_manifest_refers_to_nothing_that_it_lacks(documents, service, environment):
+def test_manifests_refer_to_nothing_that_they_lack(documents, service, environment):
     labels = documents["Deployment"]["template"]["metadata"]["labels"]
-    assert documents["Deployment"]["selector"]["matchLabels"] == labels
-    assert documents["Service"]["selector"] == labels
-    assert documents["PodDisruptionBudget"]["selector"]["matchLabels"] == labels
-    assert documents["NetworkPolicy"]["podSelector"]["matchLabels"] == labels
+    selectors = [
+        documents["Deployment"]["selector"]["matchLabels"],
+        documents["Service"]["selector"],
+        documents["PodDisruptionBudget"]["selector"]["matchLabels"],
+        documents["NetworkPolicy"]["podSelector"]["matchLabels"],
+        *(rule["labelSelector"]["matchLabels"] for rule in documents["Deployment"]["template"]["spec"][SPREAD]),
+    ]
+    assert all(selector.items() <= labels.items() for selector in selectors)
     assert documents["HorizontalPodAutoscaler"]["scaleTargetRef"]["name"] == NAME
     (rule,) = documents["Ingress"]["rules"]
     assert rule["http"]["paths"][0]["backend"]["service"] == {"name": NAME, "port": {"name": "http"}}
     assert service["ports"] == [{"name": "http", "containerPort": int(environment["PORT"])}]
     assert service["image"].endswith(f":{main.app.version}")
+    assert labels["app.kubernetes.io/version"] == main.app.version
+
+
+@pytest.mark.parametrize("component", ["ingress", "gateway", "traefik"])
+def test_copy_has_nothing_of_what_it_has_changed(tmp_path, component):
+    copy = copied(tmp_path, component, "prestart")
+    copy.edit("kustomization.yaml", "registry.example.com/fastapi-container", "registry.example.org/shop")
+    copy.edit("kustomization.yaml", "newTag: 1.0.0", "newTag: 2.3.4")
+    copy.edit("kustomization.yaml", "version=1.0.0", "version=2.3.4")
+    copy.edit("kustomization.yaml", "namespace: default", "namespace: elsewhere")
+    copy.edit("kustomization.yaml", "controller=traefik", "controller=the-way-in")
+    copy.edit("kustomization.yaml", "minReplicas=2", "minReplicas=3")
+    copy.edit("kustomization.yaml", "maxReplicas=10", "maxReplicas=33")
+    copy.edit("settings.env", "HELLO=World", "HELLO=Moon")
+    text = copy.render()
+    for old in ("fastapi-container", "example.com", "1.0.0", "World", "namespace: default", "controller", ": app\n"):
+        assert old not in text, old
+    documents = read(text)
+    assert {document["metadata"]["namespace"] for document in documents} == {"elsewhere"}
+    assert copy.host in text
+    (autoscaler,) = (document["spec"] for document in documents if document["kind"] == "HorizontalPodAutoscaler")
+    assert (autoscaler["minReplicas"], autoscaler["maxReplicas"]) == (3, 33)
+    assert "HELLO: Moon" in text
+
+
+def test_changed_setting_and_changed_secret_are_other_pods(tmp_path):
+    copy = copied(tmp_path, "ingress")
+    renderings = [copy.render()]
+    copy.set("LOG_LEVEL=debug")
+    renderings.append(copy.render())
+    copy.edit("kustomization.yaml", "files: []", "files: [secrets/database_url]")
+    for secret in ("postgresql://a", "postgresql://b"):
+        (copy.folder / "deploy/secrets/database_url").write_text(secret)
+        renderings.append(copy.render())
+    pods = [next(d["spec"]["template"] for d in read(text) if d["kind"] == "Deployment") for text in renderings]
+    assert all(before != after for before, after in pairwise(pods))
+
+
+def test_settings_are_in_one_place():
+    assert (HERE / "deploy/settings.env").samefile(HERE / "deploy/kubernetes/settings.env")
+    assert (HERE / "deploy/secrets").samefile(HERE / "deploy/kubernetes/secrets")
 
 
 # --- The pod ---
@@ -134,7 +193,7 @@ def test_pod_serves_as_nobody_after_its_steps_before_starting(play, pod, service
 
 
 def test_pod_whose_steps_before_starting_fail_serves_nothing(play):
-    since, change = time.time(), ('STOP_SECONDS, value: "20"', 'STOP_SECONDS, value: "15"')
+    since, change = time.time(), ("HELLO: World", "LOG_LEVEL: loud")
     with pytest.raises(AssertionError, match="init container .* exited with code 1"), play(change=change):
         pass
     assert f"{CONTAINER.id} start <nil>" not in events(since)

@@ -86,6 +86,9 @@ class Copy:
         with (self.folder / "deploy/settings.env").open("a") as file:
             file.write(f"{setting}\n")
 
+    def render(self) -> str:
+        return run("kubectl", "kustomize", self.folder / "deploy/kubernetes")
+
     def make(self, target: str, image: str = "", context: str = CONTEXT) -> tuple[int, str]:
         """The exit status of make and all that it prints."""
         knobs = (f"CONTEXT={context}", f"NAMESPACE={self.namespace}", f"IMAGE={image or self.image}")
