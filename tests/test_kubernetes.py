@@ -15,7 +15,6 @@ import main
 from tests.harness import HERE, NAME, UV, Container, Image, answers, free_port, missing, run, wait_until
 from tests.kubernetes.cluster import Copy
 
-SPREAD = "topologySpreadConstraints"
 VALIDATOR = "kubernetes-validate@1.37.0"  # of the Kubernetes whose schemas it brings
 CONTAINER = Container("podman", f"{NAME}-pod-service")
 
@@ -104,6 +103,14 @@ def events(since: float) -> list[str]:
     return run("podman", "events", "--stream=false", f"--since={since}", f"--format={columns}").splitlines()
 
 
+def spread(pod: dict) -> list[dict]:
+    """The selectors by which its replicas are kept apart."""
+    zones = pod["affinity"]["podAntiAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    return [
+        rule["labelSelector"] for rule in (*pod["topologySpreadConstraints"], *(z["podAffinityTerm"] for z in zones))
+    ]
+
+
 # --- The manifest ---
 
 
@@ -120,7 +127,7 @@ def test_manifests_refer_to_nothing_that_they_lack(documents, service, environme
         documents["Service"]["selector"],
         documents["PodDisruptionBudget"]["selector"]["matchLabels"],
         documents["NetworkPolicy"]["podSelector"]["matchLabels"],
-        *(rule["labelSelector"]["matchLabels"] for rule in documents["Deployment"]["template"]["spec"][SPREAD]),
+        *(selector["matchLabels"] for selector in spread(documents["Deployment"]["template"]["spec"])),
     ]
     assert all(selector.items() <= labels.items() for selector in selectors)
     assert documents["HorizontalPodAutoscaler"]["scaleTargetRef"]["name"] == NAME

@@ -122,15 +122,18 @@ class Copy:
             pod["metadata"]["name"]: pod["spec"]["nodeName"]
             for pod in self.get("pods", self.replicas)["items"]
             if "deletionTimestamp" not in pod["metadata"]
-            and {"Ready": "True"}.items() <= {c["type"]: c["status"] for c in pod["status"].get("conditions", [])}.items()
+            and {"Ready": "True"}.items()
+            <= {c["type"]: c["status"] for c in pod["status"].get("conditions", [])}.items()
         }
 
     def settle(self, count: int | None = None) -> None:
         """Wait until the rollout is over and what it has replaced is gone, so that nothing is left that could lose."""
         self.kubectl("rollout", "status", self.deployment, "--timeout=120s")
         wait_until(
-            lambda: len(self.get("pods", self.replicas)["items"]) == len(self.pods())
-            and (count is None or len(self.pods()) == count),
+            lambda: (
+                len(self.get("pods", self.replicas)["items"]) == len(self.pods())
+                and (count is None or len(self.pods()) == count)
+            ),
             120,
         )
 

@@ -34,7 +34,9 @@ def node_containers() -> list[str]:
     """The nodes, each of which is a container of the engine here."""
     for node in nodes():
         if os.system(f"docker inspect {node} >/dev/null 2>&1"):
-            missing(f"the node {node} is no container of the engine on this machine: nothing here can kill or freeze it")
+            missing(
+                f"the node {node} is no container of the engine on this machine: nothing here can kill or freeze it"
+            )
     return nodes()
 
 

@@ -9,6 +9,7 @@ import pytest
 from tests.harness import run, wait_until
 from tests.kubernetes.cluster import Copy, kubectl
 
+
 def reaches(copy: Copy, host: str, port: int) -> bool:
     """Whether a replica can open this connection."""
     code = f"import socket; socket.create_connection(({host!r}, {port}), 3)"
@@ -113,7 +114,7 @@ def test_log_is_json(first):
 
 def test_debugger_of_the_cluster_samples_a_replica(first):
     pod = next(iter(first.pods()))
-    sample = "python -m profiling.sampling attach --duration 2 --pstats 1".split()
+    sample = ["python", "-m", "profiling.sampling", "attach", "--duration", "2", "--pstats", "1"]
     first.kubectl(
         "debug", pod, f"--image={first.image}", "--target=service", "--profile=general", "--container=profiler",
         "--", *sample,
