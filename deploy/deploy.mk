@@ -34,15 +34,15 @@ lock-metrics: .venv/ready
 	    $(shell sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' $(LOCK)) \
 	    --output-file deploy/metrics/requirements.txt deploy/metrics/packages.in
 
+# Knobs of `make deploy` and `make undeploy`: the cluster, as kubectl knows it; the namespace and IMAGE, unless they are as
+# kustomization.yaml says.
 CONTEXT   ?=
 NAMESPACE ?=
+ROLLOUT    = CONTEXT="$(CONTEXT)" NAMESPACE="$(NAMESPACE)" IMAGE="$(if $(filter file,$(origin IMAGE)),,$(IMAGE))" deploy/rollout
 
-##@ Deploy
-
-.PHONY: deploy
+.PHONY: deploy undeploy
+##@ Kubernetes
 deploy: ## Deploy to the Kubernetes of CONTEXT: the steps before starting, then the replicas; goes back where these fail
-	@CONTEXT="$(CONTEXT)" NAMESPACE="$(NAMESPACE)" IMAGE="$(if $(filter file,$(origin IMAGE)),,$(IMAGE))" deploy/rollout deploy
-
-.PHONY: undeploy
+	@$(ROLLOUT) deploy
 undeploy: ## Remove from the Kubernetes of CONTEXT what `make deploy` has brought
-	@CONTEXT="$(CONTEXT)" NAMESPACE="$(NAMESPACE)" deploy/rollout undeploy
+	@$(ROLLOUT) undeploy
