@@ -1,7 +1,10 @@
 """What deploy/kubernetes promises without a cluster: schemas, one place for each value, the pod as Podman plays it."""
 
 import json
+import math
+import re
 import shutil
+import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -176,6 +179,20 @@ def test_changed_setting_and_changed_secret_are_other_pods(tmp_path):
 def test_settings_are_in_one_place():
     assert (HERE / "deploy/settings.env").samefile(HERE / "deploy/kubernetes/settings.env")
     assert (HERE / "deploy/secrets").samefile(HERE / "deploy/kubernetes/secrets")
+
+
+def test_table_of_replicas_follows_from_the_benchmark_and_what_the_autoscaler_holds(documents, service):
+    figures = json.loads((HERE / "bench/results.json").read_text())["figures"]
+    rate = statistics.median(figures["requests per CPU second, /items/5?q=somequery, 64 connections"]["this project"])
+    asked = int(service["resources"]["requests"]["cpu"].removesuffix("m")) / 1000
+    (metric,) = documents["HorizontalPodAutoscaler"]["metrics"]
+    used = asked * metric["resource"]["target"]["averageUtilization"] / 100
+    text = (HERE / "docs/deployments.md").read_text()
+    rows = re.findall(r"^\| ([\d,]+) \| (\d+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert rows == [
+        (f"{requests:,}", str(replicas := math.ceil(requests / (rate * used)) + 1), f"{replicas * asked:g}")
+        for requests in (1000, 10_000, 100_000)
+    ]
 
 
 # --- The pod ---

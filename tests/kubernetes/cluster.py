@@ -42,14 +42,14 @@ def load_image(image: str) -> None:
 @contextmanager
 def away(node: str, verb: str):
     """A node that is dead (`kill`) or frozen (`pause`), until the end of the block."""
-    routes = on_node(node, "ip -4 route").splitlines()
+    routes = [route for route in on_node(node, "ip -4 route").splitlines() if " via " in route]
     run("docker", verb, node)
     try:
         yield
     finally:
         run("docker", {"kill": "start", "pause": "unpause"}[verb], node)
         for route in routes:  # to other nodes' pods, unless the cluster's network sets them again by itself
-            on_node(node, f"ip route replace {route.removesuffix('linkdown ')}")
+            on_node(node, f"ip route replace {route}")
         kubectl("wait", "--for=condition=Ready", f"node/{node}", "--timeout=120s")
 
 

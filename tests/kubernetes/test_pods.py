@@ -64,7 +64,8 @@ def gateway(first):
         first.edited("kustomization.yaml", f"host={first.host}", "host=gateway.localhost"),
     ):
         first.deploy()
-    return first.url.replace(first.host, "gateway.localhost")
+    yield first.url.replace(first.host, "gateway.localhost")
+    first.kubectl("delete", "httproute", first.name)
 
 
 def test_https_and_http_2_come_through_ingress_and_route(first, gateway):

@@ -1,5 +1,7 @@
 """No request is lost to what a user does to a deployment, through any Ingress; a broken release is told, and goes back."""
 
+import json
+
 from tests.kubernetes.cluster import Copy, kubectl, nodes, served
 
 
@@ -13,8 +15,11 @@ def drain(copy: Copy, node: str) -> None:
 
 
 def scale(copy: Copy, count: int) -> None:
-    copy.kubectl("scale", copy.deployment, f"--replicas={count}")
-    copy.kubectl("rollout", "status", copy.deployment, "--timeout=120s")
+    """By the autoscaler, whose the number is: it would undo `kubectl scale`."""
+    at_once = {"scaleDown": {"stabilizationWindowSeconds": 0}}
+    patch = json.dumps({"spec": {"minReplicas": count, "behavior": at_once}})
+    copy.kubectl("patch", "hpa", copy.name, "--type=merge", f"--patch={patch}")
+    copy.settle(count)
 
 
 def rollout(copy: Copy, verb: str) -> None:
@@ -38,7 +43,6 @@ def test_nothing_is_lost_to_what_is_done_on_purpose(first):
         scale(first, 5)
         load.next("scaling from 5 to 2")
         scale(first, 2)
-        first.settle(2)
         for node in nodes():
             load.next(f"drain of {node}")
             drain(first, node)
@@ -73,9 +77,9 @@ def broken(copy: Copy, what: str, image: str = "") -> str:
 
 
 def test_setting_that_is_wrong_is_told(first):
-    with first.edited("settings.env", "HELLO=", "LOG_LEVEL=loud\nHELLO="):
+    with first.edited("settings.env", "HELLO=", "MAX_CONCURRENCY=none\nHELLO="):
         said = broken(first, "a setting that cannot start")
-    assert "LOG_LEVEL=loud" in said
+    assert "MAX_CONCURRENCY=none" in said
     assert "are as they were" in said
 
 
