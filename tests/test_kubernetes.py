@@ -42,7 +42,7 @@ def manifest(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def documents(manifest) -> dict[str, dict]:
-    return {document["kind"]: document.get("spec") for document in read(manifest)}
+    return {document["kind"]: document.get("spec", {}) for document in read(manifest)}
 
 
 @pytest.fixture(scope="session")

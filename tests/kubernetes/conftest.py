@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def variant(image):
 
 
 @contextmanager
-def namespace(name: str) -> Iterator[str]:
+def namespace(name: str) -> Generator[str]:
     name = f"{NAME}-{name}"
     kubectl("delete", "namespace", name, "--ignore-not-found")
     kubectl("create", "namespace", name)
@@ -76,7 +76,7 @@ def routes(variant) -> str:
 
 
 @pytest.fixture(scope="session")
-def first(tmp_path_factory, routes) -> Iterator[Copy]:
+def first(tmp_path_factory, routes) -> Generator[Copy]:
     """A deployment as it comes: behind an Ingress."""
     with namespace("first") as its:
         copy = Copy(tmp_path_factory.mktemp("first") / "clone", its, routes, "first", "ingress")
@@ -86,7 +86,7 @@ def first(tmp_path_factory, routes) -> Iterator[Copy]:
 
 
 @pytest.fixture(scope="session")
-def shop(tmp_path_factory, routes) -> Iterator[Copy]:
+def shop(tmp_path_factory, routes) -> Generator[Copy]:
     """A second one beside it, of another name, with a secret: behind Traefik's own route, in a stricter namespace."""
     with namespace("shop") as its:
         kubectl("label", "namespace", its, "pod-security.kubernetes.io/enforce=restricted")
