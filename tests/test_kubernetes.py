@@ -141,9 +141,9 @@ def test_manifests_refer_to_nothing_that_they_lack(documents, service, environme
     assert labels["app.kubernetes.io/version"] == main.app.version
 
 
-@pytest.mark.parametrize("component", ["ingress", "gateway", "traefik"])
-def test_copy_has_nothing_of_what_it_has_changed(tmp_path, component):
-    copy = copied(tmp_path, component, "prestart")
+@pytest.mark.parametrize("components", [("ingress",), ("gateway", "otlp"), ("traefik", "scrape")])
+def test_copy_has_nothing_of_what_it_has_changed(tmp_path, components):
+    copy = copied(tmp_path, *components, "prestart")
     copy.edit("kustomization.yaml", "registry.example.com/fastapi-container", "registry.example.org/shop")
     copy.edit("kustomization.yaml", "newTag: 1.0.0", "newTag: 2.3.4")
     copy.edit("kustomization.yaml", "version=1.0.0", "version=2.3.4")

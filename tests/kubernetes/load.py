@@ -1,6 +1,7 @@
 """Clients of a deployment: so many requests a second over HTTPS, each at its time, a quarter on connections of their own."""
 
 import asyncio
+import os
 import ssl
 import threading
 import time
@@ -8,7 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-RATE, PATIENCE = 300, 10
+RATE = int(os.environ.get("RATE", "300"))  # requests a second; fewer for a machine that is busy with other things
+PATIENCE = 10  # seconds
 BODY = b'{"item_id":5,"q":"somequery"}'
 
 
