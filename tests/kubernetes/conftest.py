@@ -15,7 +15,7 @@ collect_ignore_glob = [] if CONTEXT else ["test_*.py"]  # `make check-kubernetes
 
 # What a replica can be asked to do to itself.
 ROUTES = """
-import time
+import os, time
 @app.get("/block")
 async def block() -> None:
     time.sleep(3600)

@@ -68,7 +68,8 @@ class Load:
                 number, due = number + 1, max(due + 1 / self.rate, time.monotonic() - 1)
                 await asyncio.sleep(due - time.monotonic())
         for _, writer in self.idle:
-            writer.close()
+            writer.transport.abort()
+        await asyncio.sleep(0.1)  # in which the event loop closes them
 
     async def request(self, alone: bool) -> None:
         sent, error = time.monotonic(), None
@@ -94,7 +95,7 @@ class Load:
                 self.idle.append((reader, writer))
                 return
         except BaseException:
-            writer.close()
+            writer.transport.abort()
             raise
         writer.close()
         with suppress(OSError):

@@ -52,7 +52,7 @@ def test_nothing_is_lost_to_what_is_done_on_purpose(first):
 
 
 NEVER_READY = """
-from contextlib import asynccontextmanager
+import asyncio
 @asynccontextmanager
 async def never(app):
     await asyncio.sleep(3600)
@@ -60,7 +60,7 @@ async def never(app):
 app.router.lifespan_context = never
 """
 FAILING_STEP = """
-if "--prestart" in sys.argv:
+def prestart() -> None:
     raise OSError("the migration met a table that is not there")
 """
 
