@@ -1,6 +1,6 @@
 """What the documentation pages promise: they work in a browser that reaches nothing but the service, below a prefix, too.
 
-`make test TESTS=tests/test_pages.py SCREENSHOTS=deploy` writes the pictures of the README.
+`make test TESTS=tests/test_pages.py SCREENSHOTS=docs` writes the pictures of docs/behaviour.md.
 """
 
 import base64
