@@ -1,4 +1,4 @@
-# ty: ignore[unresolved-import]
+# ty: ignore[import-not-found]
 """What is tried of each package that services often use, in a strict container: imported, and used a little.
 
 Each function is called without a network, with a root that is read-only and a bounded /tmp; its first line says what it
