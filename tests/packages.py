@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def tries(requirement: str) -> Callable:
 
 
 @contextlib.contextmanager
-def refused() -> Iterator[None]:
+def refused() -> Generator[None]:
     """Nothing listens on this host: a client that gets as far as that works."""
     try:
         yield
