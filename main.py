@@ -829,7 +829,7 @@ MAX_PIPELINE = 100
 class Http(HttpToolsProtocol):
     """Uvicorn's HTTP/1.1 with limits to what a client sends outside of a body: how much, how slowly, how often.
 
-    It knows these of uvicorn's parts, which are not documented: the attributes `cycle`, `flow`, `headers`, `loop`,
+    It knows these of uvicorn's parts, which are not documented: the attributes `app`, `cycle`, `flow`, `headers`, `loop`,
     `parser`, `pipeline`, `scope`, `timeout_keep_alive_task`, `transport` and `url`, the methods
     `_should_upgrade`, `_unset_keepalive_if_required`, `_unsupported_upgrade_warning`, `handle_websocket_upgrade`,
     `on_response_complete`, `send_400_response` and `timeout_keep_alive_handler`, and of a cycle `keep_alive`,
@@ -840,6 +840,7 @@ class Http(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.app = TurnByTurn(self.app)
         self.reading: Literal["nothing", "head", "body"] = "nothing"  # of a request
         self.unfinished = 0  # bytes, since the parser last had something whole
         self.is_refused = False  # nothing more is read; the connection ends after the responses that are still due
@@ -971,11 +972,12 @@ class Http(HttpToolsProtocol):
 
 
 class ResponseTransport(asyncio.Transport):
-    """What a response is written to: its head leaves together with the first piece of its body, in one packet.
+    """What a response is written to: what a turn of the event loop brings of it leaves at the end of the turn, at once.
 
-    That costs a call of the kernel less and wakes the client once, not twice: bench/README.md has the figures. When it
-    closes the connection while the client still sends the request, it does so slowly, or the client could lose the
-    response: what comes is dropped, for as long as a connection may be idle.
+    So a head and its body are one packet, and the clients of many connections are woken after the work of the turn, not
+    in the midst of it: bench/README.md has the figures. When it closes the connection while the client still sends the
+    request, it does so slowly, or the client could lose the response: what comes is dropped, for as long as a connection
+    may be idle.
     """
 
     def __init__(self, protocol: Http, cycle: RequestResponseCycle, transport: asyncio.Transport) -> None:
@@ -983,24 +985,17 @@ class ResponseTransport(asyncio.Transport):
         self.protocol = protocol
         self.cycle = cycle
         self.transport = transport
-        self.head: bytes | None = None
-        self.has_begun = False
+        self.pieces: list[Any] = []
 
     def write(self, data: Any) -> None:
-        if not self.has_begun:
-            self.has_begun = True
-            self.head = data
-            self.protocol.loop.call_soon(self.flush)  # in case nothing follows soon
-        elif self.head is None:
-            self.transport.write(data)
-        else:
-            head, self.head = self.head, None
-            self.transport.write(head + data)
+        if not self.pieces:
+            self.protocol.loop.call_soon(self.flush)
+        self.pieces.append(data)
 
     def flush(self) -> None:
-        if self.head is not None and not self.transport.is_closing():
-            self.transport.write(self.head)
-            self.head = None
+        if self.pieces and not self.transport.is_closing():
+            self.transport.write(b"".join(self.pieces))
+        self.pieces.clear()
 
     def is_closing(self) -> bool:
         return self.protocol.is_lingering or self.transport.is_closing()
@@ -1017,6 +1012,24 @@ class ResponseTransport(asyncio.Transport):
         protocol.wait_for_client()
         if self.transport.can_write_eof():
             self.transport.write_eof()
+
+
+class TurnByTurn:
+    """Goes on, after each piece of a response, with the next turn of the event loop, when the piece has left.
+
+    So nothing holds it back, such as a background task that blocks, or a stream that works long for its next piece.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_and_wait(message: Message) -> None:
+            await send(message)
+            if message["type"] == "http.response.body":
+                await asyncio.sleep(0)
+
+        await self.app(scope, receive, send_and_wait)
 
 
 # Start
