@@ -50,15 +50,6 @@ def test_response_is_one_packet():
         assert struct.unpack_from("I", information, 152) == (1,), "tcpi_data_segs_in of Linux' tcp_info"
 
 
-def test_client_that_sends_no_more_still_gets_its_answer():
-    with Process() as process:
-        for _ in range(20):
-            with socket.create_connection(("127.0.0.1", urlsplit(process.url).port)) as connection:
-                connection.sendall(b"GET /items/5 HTTP/1.1\r\nHost: service\r\n\r\n")
-                connection.shutdown(socket.SHUT_WR)
-                assert connection.makefile("rb").read().endswith(b'{"item_id":5,"q":null}')
-
-
 PLAIN_ASGI = """
 async def plain(scope, receive, send):
     await send({"type": "http.response.start", "status": 204})
