@@ -62,10 +62,17 @@ def pytest_configure() -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Give the stand-ins of uvicorn's tests what each transport and each loop of asyncio has, beside what they have."""
     if tests := sys.modules.get("tests.protocols.test_http"):
-        transport, peer = tests.MockTransport, socket.socket()
+        transport, loop, peer = tests.MockTransport, tests.MockLoop, socket.socket()
         session.config.add_cleanup(peer.close)
-        answer = transport.get_extra_info
+        answer, run_task = transport.get_extra_info, loop.run_one
         transport.get_extra_info = lambda self, key: peer if key == "socket" else answer(self, key)
         transport.can_write_eof = lambda self: False
         transport.writelines = lambda self, lines: self.write(b"".join(lines))
-        tests.MockLoop.call_soon = lambda self, *call: asyncio.get_running_loop().call_soon(*call)
+        loop.call_soon = lambda self, *call: asyncio.get_running_loop().call_soon(*call)
+
+        async def run_one(self: Any) -> Any:
+            result = await run_task(self)
+            await asyncio.sleep(0)  # for what was to be called soon
+            return result
+
+        loop.run_one = run_one
