@@ -97,7 +97,7 @@ def _() -> None:
     from alembic.operations import Operations
 
     with sqlalchemy.create_engine("sqlite://").connect() as connection:
-        Operations(MigrationContext.configure(connection)).create_table("book", sqlalchemy.Column("id"))
+        Operations(MigrationContext.configure(connection)).create_table("book", sqlalchemy.Column("id", sqlalchemy.Integer))
 
 
 @tries("asyncpg")
@@ -171,8 +171,9 @@ def _() -> None:
 
     key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a")])
     now = datetime.datetime.now(datetime.UTC)
-    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now)
-    certificate = builder.not_valid_after(now + datetime.timedelta(days=1)).sign(key, hashes.SHA256())
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    builder = builder.serial_number(1).not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
+    certificate = builder.sign(key, hashes.SHA256())
     pem = serialization.Encoding.PEM
     plain = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     Path("/tmp/own.pem").write_bytes(plain + certificate.public_bytes(pem))
@@ -418,7 +419,12 @@ def _() -> None:
 
     app = celery.Celery(broker="memory://", backend="cache+memory://")
     app.conf.task_always_eager = True
-    assert app.task(lambda: 42).delay().get() == 42
+
+    @app.task
+    def answer() -> int:
+        return 42
+
+    assert answer.delay().get() == 42
 
 
 @tries("pika")
