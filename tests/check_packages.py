@@ -14,7 +14,7 @@ from tests.packages import TRIED
 
 TABLE = HERE / "docs/packages.md"
 # What has no wheel for a Python, as of 2026-11: the image has no compiler.
-NO_WHEEL = {"3.14": set[str](), "3.15": {"aiokafka", "confluent-kafka", "scikit-image", "zstandard"}}
+NO_WHEEL = {"3.14": set[str](), "3.15": {"aiokafka", "scikit-image", "zstandard"}}
 STRICT = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--network=none")
 
 

@@ -97,7 +97,9 @@ def _() -> None:
     from alembic.operations import Operations
 
     with sqlalchemy.create_engine("sqlite://").connect() as connection:
-        Operations(MigrationContext.configure(connection)).create_table("book", sqlalchemy.Column("id", sqlalchemy.Integer))
+        Operations(MigrationContext.configure(connection)).create_table(
+            "book", sqlalchemy.Column("id", sqlalchemy.Integer)
+        )
 
 
 @tries("asyncpg")
@@ -450,15 +452,6 @@ def _() -> None:
 
     with refused():
         asyncio.run(start())
-
-
-@tries("confluent-kafka")
-def _() -> None:
-    """a producer with librdkafka, which it brings"""
-    import confluent_kafka
-
-    assert confluent_kafka.libversion()
-    confluent_kafka.Producer({"bootstrap.servers": "127.0.0.1:1", "log_level": 0}).flush(0)
 
 
 @tries("grpcio")
