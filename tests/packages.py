@@ -152,7 +152,7 @@ def _() -> None:
 
 @tries("duckdb")
 def _() -> None:
-    """a query, and a file of SQLite's age"""
+    """a query to a file"""
     import duckdb
 
     assert duckdb.connect("/tmp/duck.db").execute("select 6 * 7").fetchone() == (42,)
