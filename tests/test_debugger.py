@@ -17,11 +17,10 @@ threading.Thread(target=burn, daemon=True, name="busy").start()
 
 @pytest.fixture(params=[(), ("--init",)], ids=["alone", "init"])
 def busy(request, image, variant):
-    """A strict container whose service burns CPU in a function of that name; its name in the engine."""
-    name = f"{NAME}-busy"
-    flags = (f"--name={name}", "--tmpfs=/tmp", "--memory=128m", *request.param)
+    """A strict container whose service burns CPU in a function of that name; its name in the engine, and itself."""
+    flags = ("--tmpfs=/tmp", "--memory=128m", *request.param)
     with image.variant(variant(BUSY)).container(flags=flags) as container:
-        yield name, container
+        yield container.inspect("Name").lstrip("/"), container
 
 
 def test_profile_shows_where_the_time_goes(busy, tmp_path):
