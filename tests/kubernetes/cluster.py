@@ -1,4 +1,4 @@
-"""A user's copy of this project, deployed to the cluster of CONTEXT, and what happens to its replicas and their nodes."""
+"""A copy of this project, deployed to the cluster of CONTEXT, and what happens to its replicas and their nodes."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def away(node: str, verb: str):
 
 
 class Copy:
-    """What somebody has made of a clone: Makefile, main.py and deploy/, with changes of the files that are the user's."""
+    """What a user has made of a clone: Makefile, main.py and deploy/, with changes of the files that are his."""
 
     def __init__(self, folder: Path, namespace: str, image: str, name: str, component: str) -> None:
         self.folder, self.namespace, self.image, self.name = folder, namespace, image, name

@@ -1,4 +1,4 @@
-"""Clients of a deployment: so many requests a second over HTTPS, each at its time, a quarter on connections of their own."""
+"""Clients of a deployment: so many requests a second over HTTPS, a quarter of them on connections of their own."""
 
 import asyncio
 import os

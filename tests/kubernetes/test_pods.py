@@ -1,4 +1,4 @@
-"""What a deployment's pods promise beside their load: who reaches them, what they reach, what they say, how they end."""
+"""What pods promise beside their load: who reaches them, what they reach, what they say, how they end."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor

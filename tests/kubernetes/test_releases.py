@@ -1,4 +1,4 @@
-"""No request is lost to what a user does to a deployment, through any Ingress; a broken release is told, and goes back."""
+"""No request is lost to what is done to a deployment, behind any Ingress; a broken release is told, and goes back."""
 
 import json
 
@@ -66,7 +66,7 @@ def prestart() -> None:
 
 
 def broken(copy: Copy, what: str, image: str = "") -> str:
-    """What `make deploy` says of a release that must fail; none of the replicas before it has gone, no request either."""
+    """What `make deploy` says of a release that must fail; neither a replica before it nor a request is lost."""
     before = copy.pods().keys()
     with served(copy, what) as load:
         status, said = copy.make("deploy", image)
