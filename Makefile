@@ -82,7 +82,7 @@ test: .venv/ready ## Test the contract, and what a process alone can show, on th
 	@$(PYTEST) --numprocesses auto --maxprocesses 8 --dist loadgroup -m "not check" $(TESTS)
 lint: .venv/ready ## Check style and types, and the Dockerfile
 	$(RUFF) check $(STYLE) . && $(RUFF) format $(STYLE) --check .
-	$(TY) check --python .venv $(addprefix --extra-search-path ,. $(wildcard tests/upstream)) . && $(HADOLINT) $(wildcard Dockerfile */*/Dockerfile)
+	$(TY) check --python .venv --extra-search-path . . && $(HADOLINT) $(wildcard Dockerfile */*/Dockerfile)
 lock: .venv/ready ## Write requirements.txt from the dependencies at the head of main.py; UPGRADE=1 takes the newest versions
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" \
 	    $(if $(UPGRADE),--upgrade) --output-file $(LOCK) main.py
