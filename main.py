@@ -519,7 +519,7 @@ class AccessLogResponder:
         path = self.scope["path"].removeprefix(self.root_path)
         if not path.endswith(own):
             return route.path_format
-        names = {value: f"{{{name}}}" for name, value in values.items()}
+        names = {value: f"{{{name}}}" for name, value in values.items() if f"{{{name}}}" not in route.path_format}
         prefix = [names.get(part, part) for part in path.removesuffix(own).split("/")]
         return "/".join(prefix) + route.path_format
 

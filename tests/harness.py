@@ -190,6 +190,12 @@ class Process:
         return self.end()
 
 
+def with_packages(*names: str) -> tuple[tuple[str | Path, ...], dict[str, str]]:
+    """A command, and its environment, that runs Python with these packages beside those of the lock."""
+    beside = [part for name in names for part in ("--with", name)]
+    return (UV, "run", "--quiet", "--no-project", *beside, "python"), {"VIRTUAL_ENV": sys.prefix}
+
+
 # The two headings of main.py, between which its service is.
 SERVICE = "# --- Your service: everything that you add goes here ---\n"
 CONTAINER = "# --- The container's side: probes, log, limits, settings, start and stop ---\n"
