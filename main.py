@@ -131,21 +131,27 @@ class JsonLines:
     MAX_WAITING = 1_000_000
 
     def __init__(self) -> None:
-        self.stdout = sys.stdout.fileno() if sys.stdout else None
-        self.start()
-        if sys.platform != "win32":
-            os.register_at_fork(after_in_child=self.start)  # a fork has only the thread that forked
-
-    def start(self) -> None:
+        self.stdout = sys.__stdout__.fileno() if sys.__stdout__ else None  # also where yours replaces `sys.stdout`
         self.lines: deque[bytes] = deque()
         self.added = 0  # bytes, counted by who adds
         self.written = 0  # bytes, counted by the thread
         self.lost = 0  # lines, counted by who adds
         self.has_lines = threading.Event()
+        self.is_fork = False
         threading.Thread(target=self.write_forever, name="log", daemon=True).start()
+        if sys.platform != "win32":
+            os.register_at_fork(after_in_child=self.continue_in_fork)
+
+    def continue_in_fork(self) -> None:
+        """Write each line at once: a fork has only the thread that forked, and may end without a word (`os._exit`)."""
+        self.is_fork = True
+        self.written = self.added
 
     def add(self, line: dict[str, Any]) -> None:
         """Add a line, whose `timestamp` is in seconds since 1970."""
+        if self.is_fork:
+            self.write(self.encode(line))
+            return
         if self.added - self.written > self.MAX_WAITING:
             self.lost += 1
             return
@@ -200,7 +206,7 @@ class JsonLines:
             return f"{type(value).__name__} that cannot be shown: {error!r}"
 
 
-json_lines = JsonLines() if IS_OURS and not (sys.stdout and sys.stdout.isatty()) else None
+json_lines = JsonLines() if IS_OURS and not (sys.__stdout__ and sys.__stdout__.isatty()) else None
 request_span: ContextVar[trace.SpanContext] = ContextVar("request_span", default=trace.INVALID_SPAN_CONTEXT)
 
 
@@ -270,8 +276,8 @@ def configure_logging() -> None:
     logging.captureWarnings(True)
     sys.excepthook = lambda *error: logger.critical("Uncaught exception", exc_info=error)
     threading.excepthook = log_exception_of_thread
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # so that `print` shows at once
+    if isinstance(sys.__stdout__, io.TextIOWrapper):
+        sys.__stdout__.reconfigure(line_buffering=True)  # so that `print` shows at once
 
 
 if IS_OURS:
@@ -572,33 +578,43 @@ class Lifecycle:
         return Response(status_code=status, headers={"Cache-Control": "no-store"})
 
     async def start(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the app start. SIGTERM ends the process at once until it has, since nothing is served yet.
+        """Let the app start, with the drain before what the server does on SIGTERM.
 
-        The server has put its own handler by then: it comes back for whatever follows a start, after the drain.
+        The server has put its own handler by then. Yours, which `lifespan` may put, can call ours as the one before it.
         """
         self.is_starting = True
         servers_own = signal.getsignal(signal.SIGTERM)
         has_signals = callable(servers_own) and threading.current_thread() is threading.main_thread()
         if has_signals:
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+            self.stop_server = lambda: servers_own(signal.SIGTERM, None)
+            signal.signal(signal.SIGTERM, self.on_sigterm)
+            if sys.platform != "win32":
+                os.register_at_fork(after_in_child=self.leave_fork)
 
         async def send_when_started(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
                 self.is_starting = False
                 if has_signals:
-                    self.wait_for_sigterm(servers_own)
-            elif message["type"] == "lifespan.startup.failed" and has_signals:
-                signal.signal(signal.SIGTERM, servers_own)
+                    with suppress(RuntimeError):  # of a loop that is not asyncio's or one like it
+                        self.loop = asyncio.get_running_loop()
             await send(message)
 
         await self.app(scope, receive, send_when_started)
 
-    def wait_for_sigterm(self, servers_own: Any) -> None:
-        """Put the drain before what the server does on SIGTERM, if its loop is asyncio's or one like it."""
-        with suppress(RuntimeError):
-            self.loop = loop = asyncio.get_running_loop()
-            self.stop_server = lambda: servers_own(signal.SIGTERM, None)
-            signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(self.drain))
+    def on_sigterm(self, *_: Any) -> None:
+        """Begin the drain, or end the process at once before it has started, since nothing is served yet."""
+        if self.is_starting:
+            logging.shutdown()
+            os._exit(128 + signal.SIGTERM)  # as an exception the start could catch it
+        if self.loop is None:
+            self.stop_server()
+        else:
+            self.loop.call_soon_threadsafe(self.drain)
+
+    def leave_fork(self) -> None:
+        """Let a fork of the service, such as one of a pool of processes, end on SIGTERM as any process does."""
+        if signal.getsignal(signal.SIGTERM) == self.on_sigterm:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def drain(self) -> None:
         """Begin the drain; end it if it has begun."""

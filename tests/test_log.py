@@ -235,3 +235,125 @@ def test_closed_output_stops_no_service():
     command = ("sh", "-c", 'exec "$0" "$@" >&-', sys.executable)
     with Process(command=command) as process:
         assert httpx.get(process.url).status_code == 200
+
+
+LONG = """
+@app.get("/long")
+def say() -> None:
+    def say_often(letter: str) -> None:
+        for _ in range(50):
+            logging.getLogger("long").info(letter * 9000)
+    threads = [threading.Thread(target=say_often, args=letter) for letter in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+"""
+
+
+def test_lines_of_several_threads_stay_whole(variant):
+    with Process(source=variant(LONG), DRAIN_SECONDS="0") as process:
+        httpx.get(process.url + "/long", timeout=60)
+        process.terminate()
+    said = [line["message"] for line in process.lines if line.get("logger") == "long"]
+    assert all("level" in line for line in process.lines)
+    assert [said.count(letter * 9000) for letter in "ab"] == [50, 50]
+
+
+OUTPUT = """
+import contextlib, faulthandler, io, subprocess, sys
+faulthandler.enable()
+@app.get("/output")
+def output() -> str:
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        print("printed")
+        print("caught", file=sys.stderr)
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        print("redirected")
+        logging.getLogger("shop").info("logged meanwhile")
+    subprocess.run(["echo", "said by a child"], stdout=sys.stdout, stderr=sys.stderr, check=True)
+    return errors.getvalue() + text.getvalue()
+"""
+
+
+def test_stdout_is_stdout(variant):
+    with Process(source=variant(OUTPUT)) as process:
+        assert httpx.get(process.url + "/output").json() == "caught\nredirected\n"
+        process.wait_for("GET /output 200")
+        assert [len(process.said(text)) for text in ("printed", "said by a child", "logged meanwhile")] == [1, 1, 1]
+        assert not process.said("redirected")
+
+
+REPLACED = """
+import sys
+class Tee:
+    def __init__(self, stream):
+        self.stream = stream
+    def write(self, text):
+        return self.stream.write(text.upper())
+    def flush(self):
+        self.stream.flush()
+sys.stdout = Tee(sys.stdout)
+@app.get("/print")
+async def say() -> None:
+    print("loud")
+"""
+
+
+def test_stdout_that_is_replaced_takes_what_is_printed_and_leaves_the_log_as_it_is(variant):
+    with Process(source=variant(REPLACED)) as process:
+        httpx.get(process.url + "/print")
+        process.wait_for("LOUD")
+        assert process.wait_for("GET /print 200")["level"] == "info"
+
+
+TAKEN_OVER = """
+import logging, logging.config, warnings
+def take_over():
+    {what}
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+    {in_lifespan}
+    yield
+app.router.lifespan_context = lifespan
+{at_import}
+@app.get("/say")
+async def say() -> None:
+    logging.getLogger("shop").warning("sold")
+    warnings.warn("mind this")
+"""
+BASIC = "logging.basicConfig(force=True, level='DEBUG', format='mine %(message)s')"
+DICT = "logging.config.dictConfig(dict(version=1, root=dict(level='INFO')))"
+WARNINGS = "warnings.simplefilter('always')"
+
+
+@pytest.mark.parametrize(
+    ("what", "when", "falls"),
+    [
+        (BASIC, "at_import", set()),
+        (DICT, "at_import", set()),
+        (WARNINGS, "at_import", set()),
+        (BASIC, "in_lifespan", {"sold", "mind this"}),
+        (DICT, "in_lifespan", {"sold", "mind this", "GET /say 200"}),
+        (WARNINGS, "in_lifespan", set()),
+    ],
+)
+def test_log_stands_what_a_library_does_to_it_at_import_and_names_what_falls_later(variant, what, when, falls):
+    calls = {"at_import": "", "in_lifespan": ""} | {when: "take_over()"}
+    with Process(source=variant(TAKEN_OVER.format(what=what, **calls)), DRAIN_SECONDS="0") as process:
+        httpx.get(process.url + "/say")
+        process.terminate()
+    whole = {
+        text
+        for text in ("sold", "mind this", "GET /say 200")
+        if [line for line in process.said(text) if "level" in line]
+    }
+    assert whole == {"sold", "mind this", "GET /say 200"} - falls
+
+
+def test_unexpected_exception_out_of_the_server_is_logged_with_its_traceback():
+    process = Process("--fd", "999")
+    assert process.end() == 1
+    line = process.lines[-1]
+    assert (line["level"], line["exception.type"]) == ("critical", "OSError")
+    assert "PORT" not in line["message"]

@@ -7,6 +7,7 @@ import sys
 from urllib.parse import urlsplit
 
 import httpx
+import pytest
 
 from tests.harness import UV, Process, answers, frozen, wait_until, write_variant
 
@@ -110,3 +111,38 @@ def test_reload_serves_the_change_and_does_not_drain(variant):
         write_variant(source, '@app.get("/again")\nasync def again() -> None: ...')
         wait_until(lambda: answers(process.url, "/again"))
     assert process.said("Shutting down in 0 s")
+
+
+def test_steps_before_starting_take_options_as_the_service_does():
+    process = Process("--prestart", "--timeout-graceful-shutdown", "600", "--log-level", "debug")
+    assert (process.end(), process.lines) == (0, [])
+
+
+def test_reload_by_its_variable_does_not_drain(variant):
+    source = variant()
+    arguments = ("--reload-dir", str(source.parent))
+    with Process(*arguments, source=source, UVICORN_RELOAD="true", DRAIN_SECONDS="60") as process:
+        process.terminate()
+    assert process.said("Shutting down in 0 s")
+
+
+def test_lifespan_that_is_off_leaves_the_service_ready_and_its_connections_open():
+    with Process("--lifespan", "off") as process, httpx.Client(base_url=process.url) as client:
+        assert client.get("/readyz").status_code == 200
+        assert "connection" not in client.get("/").headers
+        process.terminate()
+    assert process.said("Finished server process")
+
+
+def test_other_protocol_says_at_the_start_which_limits_do_not_hold():
+    with Process("--http", "h11") as process:
+        assert httpx.get(process.url).status_code == 200
+    assert process.wait_for("--http h11")["level"] == "warning"
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_every_address_is_ipv4_and_ipv6(workers):
+    with Process("--host", "::", "--workers", workers) as process:
+        port = urlsplit(process.url).port
+        for host in ("127.0.0.1", "[::1]"):
+            assert httpx.get(f"http://{host}:{port}/items/5").status_code == 200

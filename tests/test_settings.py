@@ -1,11 +1,14 @@
 """What the settings promise: a wrong one ends the start with a sentence, and flags win over variables."""
 
+import os
 import socket
+import sys
 
+import httpx
 import pytest
 
 import main
-from tests.harness import Process, free_port
+from tests.harness import HERE, Process, free_port, run
 
 
 @pytest.mark.parametrize(
@@ -59,3 +62,65 @@ def test_timeouts_fit_into_each_other():
     defaults = main.ServerSettings()
     assert defaults.timeout_keep_alive > 60
     assert defaults.drain_seconds + defaults.timeout_graceful_shutdown < 10 - 1
+
+
+@pytest.mark.parametrize("name", [*main.ServerSettings.model_fields])
+def test_each_setting_may_come_from_a_file(name, tmp_path, monkeypatch):
+    default = getattr(main.ServerSettings(), name)
+    other = "debug" if name == "log_level" else default + 1
+    file = tmp_path / name
+    file.write_text(f"{other}\n")
+    monkeypatch.setenv(f"{name.upper()}_FILE", str(file))
+    assert getattr(main.read_environment(main.ServerSettings, shows_values=True), name) == other
+
+
+SECRET = """
+class Settings(BaseModel):
+    hello: str = "World"
+    token: int = 0
+"""
+
+
+def test_setting_of_yours_comes_from_a_file(variant, tmp_path):
+    file = tmp_path / "hello"
+    file.write_text("Moon\n")
+    with Process(source=variant(SECRET), HELLO_FILE=str(file)) as process:
+        assert httpx.get(process.url).json() == {"Hello": "Moon"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "names"),
+    [
+        ({"TOKEN": "s3cret"}, ["TOKEN: ", "valid integer"]),
+        ({"TOKEN_FILE": "secret"}, ["TOKEN_FILE=", "/secret: ", "valid integer"]),
+        ({"TOKEN": "s3cret", "TOKEN_FILE": "secret"}, ["TOKEN and TOKEN_FILE are both set"]),
+        ({"TOKEN_FILE": "missing"}, ["TOKEN_FILE=", "/missing: ", "No such file"]),
+        ({"TOKEN_FILE": "."}, ["TOKEN_FILE=", "Is a directory"]),
+        ({"TOKEN_FILE": "latin"}, ["TOKEN_FILE=", "/latin: ", "utf-8"]),
+        ({"PORT": "80", "PORT_FILE": "secret"}, ["PORT and PORT_FILE are both set"]),
+        ({"LOG_LEVEL_FILE": "secret"}, ["LOG_LEVEL_FILE=", "'critical'"]),
+    ],
+)
+def test_bad_file_of_a_setting_is_one_sentence_that_does_not_show_the_secret(variant, tmp_path, environment, names):
+    (tmp_path / "secret").write_text("s3cret\n")
+    (tmp_path / "latin").write_bytes(b"s3cret \xff")
+    paths = {name: str(tmp_path / value) if name.endswith("_FILE") else value for name, value in environment.items()}
+    process = Process(source=variant(SECRET), **({"PORT": "8000"} if "PORT_FILE" not in paths else {}) | paths)
+    assert process.end() == 1
+    (line,) = process.lines
+    assert line["level"] == "critical"
+    assert all(name in line["message"] for name in names), line
+    assert "s3cret" not in str(line)
+    assert "exception.stacktrace" not in line
+
+
+@pytest.mark.parametrize("level", ["INFO", "Warning"])
+def test_log_level_is_read_in_any_case(level):
+    with Process(LOG_LEVEL=level) as process:
+        assert httpx.get(process.url).status_code == 200
+
+
+def test_bad_environment_is_an_exception_for_who_imports_main():
+    code = "try:\n    import main\nexcept ValueError as error:\n    print(error)"
+    environment = os.environ | {"PORT": "nonsense"}
+    assert run(sys.executable, "-c", code, cwd=HERE, env=environment).startswith("PORT=nonsense: ")

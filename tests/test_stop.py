@@ -91,3 +91,102 @@ def test_open_stream_cannot_hold_the_stop(variant):
         process.terminate()
         assert time.monotonic() - start >= 1
     assert process.said("timeout graceful shutdown exceeded")
+
+
+STUCK = {
+    "an import": "import time\nprint('it begins', flush=True)\ntime.sleep(3600)\n",
+    "a lifespan that waits": """
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+    print("it begins")
+    await asyncio.sleep(3600)
+    yield
+app.router.lifespan_context = lifespan
+""",
+    "a lifespan that blocks": """
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+    print("it begins")
+    time.sleep(3600)
+    yield
+app.router.lifespan_context = lifespan
+""",
+}
+
+
+@pytest.mark.parametrize("what", [*STUCK])
+def test_sigterm_before_the_start_is_over_ends_at_once(variant, what):
+    process = Process(source=variant(STUCK[what]), DRAIN_SECONDS="3600")
+    process.wait_for("it begins")
+    assert process.terminate() in {143, -signal.SIGTERM}
+    assert not process.said("Traceback")
+    assert not [line for line in process.lines if line.get("level") in {"error", "critical"}], process.lines
+
+
+OWN_SIGNAL = """
+import signal
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+    servers_own = signal.getsignal(signal.SIGTERM)
+    def on_sigterm(number, frame):
+        print("mine first")
+        if CHAINS:
+            servers_own(number, frame)
+    signal.signal(signal.SIGTERM, on_sigterm)
+    yield
+    print("closed")
+app.router.lifespan_context = lifespan
+"""
+
+
+def test_own_handler_of_sigterm_that_calls_the_one_before_it_begins_the_drain(variant):
+    source = variant("CHAINS = True" + OWN_SIGNAL)
+    with Process(source=source, DRAIN_SECONDS="3600") as process:
+        process.popen.terminate()
+        process.wait_for("Shutting down in 3600 s")
+        assert httpx.get(process.url).status_code == 200
+        process.terminate()
+    assert len(process.said("mine first")) == 2
+    assert process.said("closed")
+
+
+def test_own_handler_of_sigterm_has_the_last_word(variant):
+    with Process(source=variant("CHAINS = False" + OWN_SIGNAL), DRAIN_SECONDS="0") as process:
+        process.popen.terminate()
+        process.wait_for("mine first")
+        assert httpx.get(process.url + "/readyz").status_code == 200
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_child_of_the_service_ends_by_itself_and_the_service_serves_on(variant, method):
+    source = variant(f"""
+import logging, multiprocessing
+def work() -> None:
+    logging.getLogger("child").info("the child has worked")
+def wait() -> None:
+    print("the child waits")
+    time.sleep(3600)
+context = multiprocessing.get_context({method!r})
+@app.get("/work")
+async def start_work() -> int:
+    process = context.Process(target=work)
+    process.start()
+    await asyncio.to_thread(process.join)
+    return process.exitcode
+@app.get("/wait")
+async def start_wait() -> int:
+    process = context.Process(target=wait)
+    process.start()
+    await asyncio.sleep(0.5)
+    process.terminate()
+    await asyncio.to_thread(process.join, 20)
+    exitcode = process.exitcode
+    process.kill()
+    return exitcode
+""")
+    with Process(source=source, DRAIN_SECONDS="3600") as process:
+        assert httpx.get(process.url + "/work", timeout=60).json() == 0
+        assert process.wait_for("the child has worked")["logger"] == "child"
+        assert httpx.get(process.url + "/wait", timeout=60).json() in {-signal.SIGTERM, 0}
+        assert httpx.get(process.url + "/readyz").status_code == 200
+    assert not process.said("Shutting down")
