@@ -18,7 +18,7 @@ import time
 from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import httpx
@@ -190,7 +190,7 @@ class Process:
         return self.end()
 
 
-def with_packages(*names: str) -> tuple[tuple[str | Path, ...], dict[str, str]]:
+def with_packages(*names: str) -> tuple[tuple[str | Path, ...], dict[str, Any]]:
     """A command, and its environment, that runs Python with these packages beside those of the lock."""
     beside = [part for name in names for part in ("--with", name)]
     return (UV, "run", "--quiet", "--no-project", *beside, "python"), {"VIRTUAL_ENV": sys.prefix}

@@ -7,7 +7,9 @@ import subprocess
 import httpx
 import pytest
 
-from tests.harness import Load, answers, run, wait_until
+from tests.harness import Load, answers, each_python, run, wait_until
+from tests.test_servers import LIMIT, ROUTES, TABLE, observe
+from tests.test_stop import STUCK
 
 
 def test_container_runs_as_nobody_with_no_rights_in_a_root_that_is_read_only(image):
@@ -162,3 +164,31 @@ def test_container_loses_no_request_when_it_is_stopped_under_load(image):
         asyncio.run(load.run(stop))
         assert container.inspect("State.ExitCode") == 0
     assert not load.lost
+
+
+def test_container_keeps_what_the_table_of_servers_says(image, variant):
+    flags = (f"--env=MAX_BODY_BYTES={LIMIT}", "--env=DRAIN_SECONDS=60")
+
+    def terminate() -> None:
+        run(image.engine, "kill", "--signal=TERM", container.id)
+
+    def read_log() -> list[dict]:
+        wait_until(lambda: not container.inspect("State.Running"))
+        return container.logs()
+
+    with image.variant(variant(ROUTES)).container(flags=flags) as container:
+        seen = observe(container.url, terminate, read_log)
+    assert seen == {promise: servers["python main.py"] for promise, servers in TABLE.items()}
+
+
+@pytest.mark.parametrize("what", [*STUCK])
+def test_container_that_has_not_started_stops_at_once(image, variant, what):
+    with image.variant(variant(STUCK[what])).container(ready=False) as container:
+        wait_until(lambda: container.said("it begins"))
+        run(image.engine, "stop", "--time=3600", container.id)
+        assert container.inspect("State.ExitCode") == 143
+
+
+@each_python
+def test_container_has_what_packages_import_late(image):
+    assert image.python_says("from pydantic.v1 import BaseModel; print(BaseModel.__name__)").endswith("BaseModel")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -53,7 +54,7 @@ HANDSHAKE = b"\r\n".join(
 
 def test_idle_websockets_have_a_limit_of_their_own(variant):
     command, environment = with_packages("websockets")
-    limits = {"MAX_CONCURRENCY": "2", "MAX_WEBSOCKETS": "3"}
+    limits: dict[str, Any] = {"MAX_CONCURRENCY": "2", "MAX_WEBSOCKETS": "3"}
 
     def open_socket() -> int:
         """The status that the handshake gets."""
@@ -312,7 +313,7 @@ async def until_gone(request: Request):
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_event_stream_ends_by_itself_at_the_stop_and_its_client_sees_a_whole_response(variant, workers):
-    limits = {"DRAIN_SECONDS": "0", "TIMEOUT_GRACEFUL_SHUTDOWN": "3600"}
+    limits: dict[str, Any] = {"DRAIN_SECONDS": "0", "TIMEOUT_GRACEFUL_SHUTDOWN": "3600"}
     with Process("--workers", workers, source=variant(EVENTS), **limits) as process:
         process.wait_for("Application startup complete", int(workers))
         with httpx.stream("GET", process.url + "/events", timeout=20) as response:
