@@ -746,10 +746,23 @@ class BodyLimits(RequestBodyLimitMiddleware):
             await self.app(scope, receive, send)
             return
         body = BodyResponder(self.timeout, scope, receive, send)
-        if MAX_BODY_SIZE_SCOPE_KEY in scope:  # the app has a limit of its own, `FastAPI(max_body_size=…)`
-            await self.app(scope, body.receive_in_time, body.send_and_close)
-        else:
-            await super().__call__(scope, body.receive_in_time, body.send_and_close)
+        try:
+            if MAX_BODY_SIZE_SCOPE_KEY in scope:  # the app has a limit of its own, `FastAPI(max_body_size=…)`
+                await self.app(scope, body.receive_in_time, body.send_and_close)
+            else:
+                await super().__call__(scope, body.receive_in_time, body.send_and_close)
+        except ExceptionGroup as group:
+            refusal = self.find_refusal(group)
+            if refusal is None or body.has_response:
+                raise
+            answer = JSONResponse({"detail": refusal.detail}, refusal.status_code)
+            await answer(scope, receive, body.send_and_close)
+
+    def find_refusal(self, error: Exception) -> StarletteHTTPException | None:
+        """A refusal of the body, in the groups into which each `@app.middleware("http")` puts it on its way."""
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
+        return error if isinstance(error, StarletteHTTPException) and error.status_code in {408, 413} else None
 
     def has_body(self, scope: Scope) -> bool:
         if scope["type"] != "http":
@@ -810,7 +823,10 @@ async def http_exception_with_cause(request: Request, error: Exception) -> Respo
 
 
 def serve_documentation_from_here(app: FastAPI, assets: str = "/static-offline-docs") -> None:
-    """Let FastAPI's pages load their scripts, styles and icon from this host, below `assets`, instead of from others."""
+    """Let FastAPI's pages load their scripts, styles and icon from this host, below `assets`, instead of from others.
+
+    The same holds for the pages of each FastAPI that is mounted in it.
+    """
     files = {
         consts.SWAGGER_JS: "swagger-ui-bundle.js",
         consts.SWAGGER_CSS: "swagger-ui.css",
@@ -829,7 +845,9 @@ def serve_documentation_from_here(app: FastAPI, assets: str = "/static-offline-d
 
     pages = {app.docs_url, app.redoc_url} - {None}
     for index, route in enumerate(app.routes):
-        if isinstance(route, Route) and route.path in pages:
+        if isinstance(route, Mount) and isinstance(route.app, FastAPI):
+            serve_documentation_from_here(route.app, assets)
+        elif isinstance(route, Route) and route.path in pages:
             app.routes[index] = Route(route.path, from_here(route.endpoint), include_in_schema=False)
     if app.openapi_url and pages:
         app.routes.insert(0, Mount(assets, StaticFiles(packages=[("fastapi_offline", "static")]), name="assets"))

@@ -1,5 +1,6 @@
 """What a user writes in the first part of main.py, and what his clients send, is as on a plain uvicorn."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -333,3 +334,55 @@ def test_stream_can_ask_whether_its_client_is_there(variant):
             assert next(response.iter_raw()) == b"tick"
         process.wait_for("GET /until-gone")
     assert not process.said("Exception")
+
+
+BODY = """
+from fastapi import Request
+@app.post("/body")
+async def read_body(request: Request) -> int:
+    return len(await request.body())
+"""
+MIDDLEWARE = """
+@app.middleware("http")
+async def stamp(request, call_next):
+    response = await call_next(request)
+    response.headers["x-stamp"] = "mine"
+    return response
+"""
+
+
+def test_own_middleware_keeps_refusals_of_a_body_what_they_are(variant):
+    source = variant(BODY + MIDDLEWARE + MIDDLEWARE)
+    with Process(source=source, MAX_BODY_BYTES="1000", CLIENT_BODY_TIMEOUT="1") as process:
+        assert httpx.post(process.url + "/body", content=bytes(1000)).headers["x-stamp"] == "mine"
+        announced = httpx.post(process.url + "/body", content=bytes(1001))
+        chunked = httpx.post(process.url + "/body", content=iter([bytes(600)] * 2))
+        assert [answer.status_code for answer in (announced, chunked)] == [413, 413]
+        with socket.create_connection(("127.0.0.1", urlsplit(process.url).port), 60) as connection:
+            connection.sendall(b"POST /body HTTP/1.1\r\nHost: service\r\nContent-Length: 10\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 408 ")
+    assert not process.said("Exception")
+
+
+def test_event_stream_below_own_middleware_ends_by_itself_at_the_stop(variant):
+    limits: dict[str, Any] = {"DRAIN_SECONDS": "0", "TIMEOUT_GRACEFUL_SHUTDOWN": "3600"}
+    with Process(source=variant(MIDDLEWARE + EVENTS), **limits) as process:
+        with httpx.stream("GET", process.url + "/events", timeout=20) as response:
+            ticks = response.iter_text()
+            first = next(ticks)
+            process.popen.terminate()
+            assert {*(first + "".join(ticks)).split("\n\n")} == {"data: tick", ""}
+        process.end()
+    assert process.said("events are over")
+    assert not process.said("Exception")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--root-path", "/api")])
+def test_pages_of_a_mounted_app_load_from_here(variant, arguments):
+    with Process(*arguments, source=variant(CALLER)) as process:
+        page = httpx.get(process.url + "/v2/docs").text
+        assert "https://" not in page
+        prefix = arguments[1] if arguments else ""
+        (script,) = re.findall(r'<script src="([^"]*)"', page)
+        assert script.startswith(f"{prefix}/v2/static-offline-docs/")
+        assert httpx.get(process.url + script.removeprefix(prefix)).status_code == 200
