@@ -163,8 +163,8 @@ def test_child_of_the_service_ends_by_itself_and_the_service_serves_on(variant, 
 import logging, multiprocessing
 def work() -> None:
     logging.getLogger("child").info("the child has worked")
-def wait() -> None:
-    print("the child waits")
+def wait(begun) -> None:
+    begun.set()
     time.sleep(3600)
 context = multiprocessing.get_context({method!r})
 @app.get("/work")
@@ -175,9 +175,10 @@ async def start_work() -> int:
     return process.exitcode
 @app.get("/wait")
 async def start_wait() -> int:
-    process = context.Process(target=wait)
+    begun = context.Event()
+    process = context.Process(target=wait, args=(begun,))
     process.start()
-    await asyncio.sleep(0.5)
+    await asyncio.to_thread(begun.wait, 60)
     process.terminate()
     await asyncio.to_thread(process.join, 20)
     exitcode = process.exitcode
