@@ -32,9 +32,11 @@ TOOL = (UV, "run", "--quiet", "--no-project")
 
 
 def read_table() -> dict[str, dict[str, str]]:
-    """For each row, what the document says of each server."""
-    lines = [line for line in (HERE / "docs/servers.md").read_text().splitlines() if line.startswith("|")]
-    head, _, *rows = ([cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in lines)
+    """For each row of the first table, what the document says of each server."""
+    text = (HERE / "docs/servers.md").read_text()
+    table = text[text.index("\n| |") :].strip().partition("\n\n")[0]
+    lines = [line.strip("|").replace("`", "").split("|") for line in table.splitlines()]
+    head, _, *rows = ([cell.strip() for cell in line] for line in lines)
     return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
 
 

@@ -314,7 +314,7 @@ async def until_gone(request: Request):
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_event_stream_ends_by_itself_at_the_stop_and_its_client_sees_a_whole_response(variant, workers):
-    limits: dict[str, Any] = {"DRAIN_SECONDS": "0", "TIMEOUT_GRACEFUL_SHUTDOWN": "3600"}
+    limits: dict[str, Any] = {"DRAIN_SECONDS": "0", "TIMEOUT_GRACEFUL_SHUTDOWN": "20"}
     with Process("--workers", workers, source=variant(EVENTS), **limits) as process:
         process.wait_for("Application startup complete", int(workers))
         with httpx.stream("GET", process.url + "/events", timeout=20) as response:
@@ -324,6 +324,7 @@ def test_event_stream_ends_by_itself_at_the_stop_and_its_client_sees_a_whole_res
             assert {*(first + "".join(ticks)).split("\n\n")} == {"data: tick", ""}
         process.end()
     assert process.said("events are over")
+    assert not process.said("timeout graceful shutdown exceeded")
     assert process.said("GET /events 200")
     assert not process.said("Exception")
 
@@ -365,7 +366,7 @@ def test_own_middleware_keeps_refusals_of_a_body_what_they_are(variant):
 
 
 def test_event_stream_below_own_middleware_ends_by_itself_at_the_stop(variant):
-    limits: dict[str, Any] = {"DRAIN_SECONDS": "0", "TIMEOUT_GRACEFUL_SHUTDOWN": "3600"}
+    limits: dict[str, Any] = {"DRAIN_SECONDS": "0", "TIMEOUT_GRACEFUL_SHUTDOWN": "20"}
     with Process(source=variant(MIDDLEWARE + EVENTS), **limits) as process:
         with httpx.stream("GET", process.url + "/events", timeout=20) as response:
             ticks = response.iter_text()
@@ -374,6 +375,7 @@ def test_event_stream_below_own_middleware_ends_by_itself_at_the_stop(variant):
             assert {*(first + "".join(ticks)).split("\n\n")} == {"data: tick", ""}
         process.end()
     assert process.said("events are over")
+    assert not process.said("timeout graceful shutdown exceeded")
     assert not process.said("Exception")
 
 
