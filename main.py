@@ -459,24 +459,28 @@ class AccessLogResponder:
         self.app = app
         self.lines = lines
         self.has_begun = False
+        self.has_left = False  # the client, before its response
         self.status = 500
         self.size = 0
         self.is_logged = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
+        self.receive = receive
         self.send = send
         self.root_path = scope.get("root_path", "")  # to which a mounted app adds its own
         self.is_probe = is_probe(scope)
         self.started = time.perf_counter()
         try:
-            await self.app(scope, receive, self.observe)
-        except ClientDisconnect:
-            if not self.has_begun:
-                self.status = 499  # nginx's number for a client that has left before its answer
-            raise
+            await self.app(scope, self.receive_until_end, self.observe)
         finally:
             self.log()
+
+    async def receive_until_end(self) -> Message:
+        message = await self.receive()
+        if message["type"] == "http.disconnect" and not self.has_begun:
+            self.has_left = True
+        return message
 
     async def observe(self, message: Message) -> None:
         await self.send(message)
@@ -495,6 +499,8 @@ class AccessLogResponder:
         if self.is_probe and self.status < 400:
             return
         self.is_logged = True
+        if self.has_left:
+            self.status = 499  # nginx's number for it
         message = f"{scope['method']} {quote(scope['path'])} {self.status}"
         fields = {
             "http.request.method": scope["method"],
@@ -790,10 +796,11 @@ class BodyResponder:
             message = await self.receive()
             self.is_whole = not message.get("more_body", False)
             return message
-        logger.info("%s %s: no byte of the body in %g s", self.scope["method"], quote(self.scope["path"]), self.timeout)
-        if self.has_response:
-            return {"type": "http.disconnect"}
-        raise HTTPException(408)
+        if not self.has_response:
+            raise HTTPException(408)
+        address = self.scope["client"][0] if self.scope.get("client") else None
+        logger.warning("The body of a request did not end in time.", extra={"client.address": address})
+        return {"type": "http.disconnect"}
 
     async def send_and_close(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -864,9 +871,9 @@ class Http(HttpToolsProtocol):
     """Uvicorn's HTTP/1.1 with limits to what a client sends outside of a body: how much, how slowly, how often.
 
     It knows these of uvicorn's parts, which are not documented: the attributes `app`, `cycle`, `flow`, `headers`, `loop`,
-    `parser`, `pipeline`, `scope`, `timeout_keep_alive_task`, `transport` and `url`, the methods
+    `parser`, `pipeline`, `server_state`, `timeout_keep_alive_task`, `transport` and `url`, the methods
     `_should_upgrade`, `_unset_keepalive_if_required`, `_unsupported_upgrade_warning`, `handle_websocket_upgrade`,
-    `on_response_complete`, `send_400_response` and `timeout_keep_alive_handler`, and of a cycle `keep_alive`,
+    `on_response_complete` and `timeout_keep_alive_handler`, and of a cycle `disconnected`, `message_event`,
     `response_complete`, `response_started` and `transport`. Hence the bound of uvicorn's version at the head.
     """
 
@@ -906,7 +913,7 @@ class Http(HttpToolsProtocol):
         else:
             if self.unfinished > MAX_HEAD_BYTES:
                 self.refuse("Request too large.")
-            elif self.reading == "head" and self.timeout_keep_alive_task is None:
+            elif self.reading == "head" and self.timeout_keep_alive_task is None and self.has_answered():
                 self.wait_for_client()
 
     def on_message_begin(self) -> None:
@@ -932,6 +939,7 @@ class Http(HttpToolsProtocol):
         super().on_headers_complete()
         if not is_websocket:
             self.reading = "body"
+            self.headers = []  # for trailers: what follows a body is none of the head's fields
             self.cycle.transport = ResponseTransport(self, self.cycle, self.transport)
 
     def on_body(self, body: bytes) -> None:
@@ -947,14 +955,18 @@ class Http(HttpToolsProtocol):
 
     def upgrade(self, rest: bytes) -> None:
         """Switch to WebSocket, or serve the request as if it did not ask for another protocol (RFC 9110, 7.8)."""
-        names = {name for name, _ in self.headers}
+        has_body = any(
+            name == b"transfer-encoding" or (name == b"content-length" and int(value) > 0) for name, value in self.headers
+        )
         if self.parser.get_method() == b"CONNECT":
             self.refuse("Invalid HTTP request received.", ValueError("CONNECT"))
         elif not self._should_upgrade():
             self._unsupported_upgrade_warning()
             self.serve_without_upgrade(rest)
-        elif names & {b"content-length", b"transfer-encoding"}:
+        elif has_body:
             self.refuse("Invalid HTTP request received.", ValueError("a handshake with a body"))
+        elif not self.has_answered():
+            self.refuse("Invalid HTTP request received.", ValueError("a handshake before the answers"))
         else:
             self.handle_websocket_upgrade()
 
@@ -964,7 +976,12 @@ class Http(HttpToolsProtocol):
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [b"%s: %s" % (name, value) for name, value in self.headers if name != b"upgrade"]
         self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
         self.data_received(b"\r\n".join([*lines, b"", rest]))
+
+    def has_answered(self) -> bool:
+        """Whether each request that has come has its whole response."""
+        return self.cycle is None or self.cycle.response_complete
 
     def refuse(self, message: str, cause: BaseException | None = None) -> None:
         """End the connection with a 400 for what is being read, unless that would be a second response to it.
@@ -976,10 +993,46 @@ class Http(HttpToolsProtocol):
         is_body = self.reading == "body"
         if is_body and self.pipeline:
             self.pipeline.popleft()  # its own request waits there, the newest
-        elif is_body and self.cycle.response_started:
-            self.transport.close()
-        elif is_body or self.cycle is None or self.cycle.response_complete:
-            self.send_400_response(message)
+            return
+        if not is_body and not self.has_answered():
+            return
+        if is_body:
+            self.disconnect()
+        if not (is_body and self.cycle.response_started):
+            self.write_400(message)
+        if not is_body and isinstance(cause, httptools.HttpParserError):
+            self.transport.close()  # as nginx does, since it is no HTTP
+        else:
+            self.linger()
+
+    def disconnect(self) -> None:
+        """Tell the app that the client of the newest request is gone, since it gets nothing more of it."""
+        self.cycle.disconnected = True
+        self.cycle.message_event.set()
+
+    def write_400(self, message: str) -> None:
+        headers = [
+            *self.server_state.default_headers,
+            (b"content-type", b"text/plain; charset=utf-8"),
+            (b"content-length", b"%d" % len(message)),
+            (b"connection", b"close"),
+        ]
+        lines = [b"HTTP/1.1 400 Bad Request", *(b"%s: %s" % header for header in headers), b"", message.encode()]
+        self.transport.write(b"\r\n".join(lines))
+
+    def linger(self) -> None:
+        """End the connection slowly, or a client that still sends could lose the response.
+
+        What comes is dropped, until the client ends, and for as long as a connection may be idle.
+        """
+        if self.is_lingering or self.transport.is_closing():
+            return
+        self.is_lingering = True
+        self.pipeline.clear()
+        self.flow.resume_reading()
+        self.wait_for_client()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
 
     def warn(self, message: str, cause: BaseException | None = None) -> None:
         address = self.client[0] if self.client else None
@@ -988,11 +1041,12 @@ class Http(HttpToolsProtocol):
     def wait_for_client(self) -> None:
         """Close the connection if the client does not send in time what is expected next: a request, or a head's rest."""
         self._unset_keepalive_if_required()
-        seconds = server_settings.client_header_timeout if self.reading == "head" else self.timeout_keep_alive
+        is_head = self.reading == "head" and not self.is_lingering
+        seconds = server_settings.client_header_timeout if is_head else self.timeout_keep_alive
         self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
 
     def timeout_keep_alive_handler(self) -> None:
-        if self.reading != "nothing":
+        if self.reading != "nothing" and not self.is_lingering:
             self.warn(f"The {self.reading} of a request did not end in time.")
         super().timeout_keep_alive_handler()
 
@@ -1000,18 +1054,23 @@ class Http(HttpToolsProtocol):
         was_last = not self.pipeline
         super().on_response_complete()
         if self.is_refused and was_last:
-            self.transport.close()
-        elif self.reading == "head":
+            self.loop.call_soon(self.linger)  # after what ResponseTransport has still to write
+        elif self.reading == "head" and self.has_answered():
             self.wait_for_client()
+
+    def shutdown(self) -> None:
+        """Let uvicorn close the connection, if nothing is due on it, or end it with the response that is."""
+        response = self.cycle.transport if self.cycle else None
+        if isinstance(response, ResponseTransport):
+            response.flush()
+        super().shutdown()
 
 
 class ResponseTransport(asyncio.Transport):
     """What a response is written to: what a turn of the event loop brings of it leaves at the end of the turn, at once.
 
     So a head and its body are one packet, and the clients of many connections are woken after the work of the turn, not
-    in the midst of it: bench/README.md has the figures. When it closes the connection while the client still sends the
-    request, it does so slowly, or the client could lose the response: what comes is dropped, for as long as a connection
-    may be idle.
+    in the midst of it: bench/README.md has the figures.
     """
 
     def __init__(self, protocol: Http, cycle: RequestResponseCycle, transport: asyncio.Transport) -> None:
@@ -1027,7 +1086,7 @@ class ResponseTransport(asyncio.Transport):
         self.pieces.append(data)
 
     def flush(self) -> None:
-        if self.pieces and not self.transport.is_closing():
+        if self.pieces and not self.is_closing():
             self.transport.write(b"".join(self.pieces))
         self.pieces.clear()
 
@@ -1035,17 +1094,13 @@ class ResponseTransport(asyncio.Transport):
         return self.protocol.is_lingering or self.transport.is_closing()
 
     def close(self) -> None:
+        """Close the connection, slowly where the client has sent, or still sends, what will have no response."""
         self.flush()
         protocol = self.protocol
-        is_still_sent = protocol.reading == "body" and protocol.cycle is self.cycle
-        if protocol.is_refused or not is_still_sent:
+        if protocol.reading == "nothing" and not protocol.pipeline and not protocol.is_refused:
             self.transport.close()
-            return
-        protocol.is_lingering = True
-        protocol.flow.resume_reading()
-        protocol.wait_for_client()
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
+        else:
+            protocol.linger()
 
 
 class TurnByTurn:
