@@ -956,7 +956,8 @@ class Http(HttpToolsProtocol):
     def upgrade(self, rest: bytes) -> None:
         """Switch to WebSocket, or serve the request as if it did not ask for another protocol (RFC 9110, 7.8)."""
         has_body = any(
-            name == b"transfer-encoding" or (name == b"content-length" and int(value) > 0) for name, value in self.headers
+            name == b"transfer-encoding" or (name == b"content-length" and int(value) > 0)
+            for name, value in self.headers
         )
         if self.parser.get_method() == b"CONNECT":
             self.refuse("Invalid HTTP request received.", ValueError("CONNECT"))

@@ -1,6 +1,5 @@
 """What clients get on the wire, byte by byte: of requests that are whole, odd, slow, too large or broken off."""
 
-import re
 import socket
 import struct
 import sys
@@ -9,10 +8,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Self
 from urllib.parse import urlsplit
 
-import httpx
 import pytest
 
 from tests.harness import UV, Process, write_variant
@@ -151,11 +149,11 @@ class Client:
     """One connection; the service has 30 seconds for whatever is awaited, so that what never comes fails a test."""
 
     def __init__(self, process: Process) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", urlsplit(process.url).port or 0), timeout=5)
+        self.socket = socket.create_connection(("127.0.0.1", urlsplit(process.url).port or 0), timeout=30)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.file: BinaryIO = self.socket.makefile("rb")
 
-    def __enter__(self) -> "Client":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:
@@ -212,11 +210,20 @@ class Client:
         self.__exit__()
 
 
+def get(process: Process, path: str) -> bytes:
+    """The body of the answer to a request of the test's own, beside those that it is about."""
+    with Client(process) as client:
+        client.send(f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
+        (answer,) = client.answers()
+        assert answer.status == 200
+        return answer.body
+
+
 def serve(source: Path, *arguments: str, **options) -> Iterator[Process]:
     """The service with these deadlines and no others; nothing that a client does is an error in its log."""
     with Process(*arguments, source=source, **options) as process:
         yield process
-        httpx.get(f"{process.url}/items/99")
+        get(process, "/items/99")
         process.wait_for("/items/99")
         ours = [line for line in process.lines if line.get("exception.type") != "Intended"]
         assert [line for line in ours if line.get("level", "error") in {"error", "critical"}] == []
@@ -254,12 +261,21 @@ def sockets(source):
     yield from serve(source, command=layered, **PATIENT)
 
 
-def records(process: Process, start: int) -> list[dict]:
-    """What has been logged since so many lines; what a request of the test itself leaves at the end excepted."""
+def mark(process: Process) -> int:
+    """How many lines the log has, once all that happened so far is in it; the last is of this request."""
     count = len(process.said("GET /items/98"))
-    httpx.get(f"{process.url}/items/98")
+    get(process, "/items/98")
     process.wait_for("GET /items/98", count + 1)
-    return process.lines[start:-1]
+    return len(process.lines)
+
+
+def records(process: Process, start: int) -> list[dict]:
+    """What has been logged since a mark."""
+    return process.lines[start : mark(process) - 1]
+
+
+def refusals(lines: list[dict]) -> list[dict]:
+    return [line for line in lines if line["message"] == "Invalid HTTP request received."]
 
 
 # --- Requests that are whole ---
@@ -288,7 +304,7 @@ BODIES = {
 def test_request_for_another_protocol_is_served_as_if_it_did_not_ask(patient, upgrade, body, method, packets, is_first):
     fields, data, size = BODIES[body]
     head = b"%s /count/ HTTP/1.1\r\nHost: a\r\n%s%s\r\n" % (method, UPGRADES[upgrade], fields)
-    before = httpx.get(f"{patient.url}/runs").json()
+    before = int(get(patient, "/runs"))
     with Client(patient) as client:
         if not is_first:
             client.send(GET)
@@ -301,7 +317,7 @@ def test_request_for_another_protocol_is_served_as_if_it_did_not_ask(patient, up
         client.send(data + LAST) if packets == 2 else None
         assert (client.chunk(), client.chunk()) == (b"%d" % size, b"")
         assert [answer.body for answer in client.answers()] == [b'{"item_id":6,"q":null}']
-    assert httpx.get(f"{patient.url}/runs").json() == before
+    assert int(get(patient, "/runs")) == before
 
 
 def test_trailers_are_none_of_the_heads_fields(patient):
@@ -380,7 +396,7 @@ RULES = {
 def test_rule_of_http_holds(patient, rule):
     """The rules of RFC 9112; after a refusal comes the end, after anything else the next request."""
     data, status = RULES[rule]
-    start = len(patient.lines)
+    start = mark(patient)
     with Client(patient) as client:
         client.send(data)
         answer = client.answer()
@@ -411,7 +427,7 @@ def test_body_over_the_limit_gets_one_whole_413_and_its_neighbours_their_answers
     lengths = request(b"POST /size HTTP/1.1", b"Content-Length: 2000000", body=b"x" * 2_000_000)
     piece = b"%x\r\n%s\r\n" % (100_000, b"x" * 100_000)
     chunks = request(b"POST /size HTTP/1.1", b"Transfer-Encoding: chunked", body=piece * 20 + b"0\r\n\r\n")
-    start, is_over = len(patient.lines), threading.Event()
+    start, is_over = mark(patient), threading.Event()
 
     def upload(number: int) -> list[Answer]:
         with Client(patient) as client:
@@ -448,7 +464,7 @@ REFUSED_UPLOADS = {
 @pytest.mark.parametrize("refused", REFUSED_UPLOADS)
 def test_client_that_goes_on_sending_after_its_refusal_is_ended_in_time(short_idle, refused):
     head, status = REFUSED_UPLOADS[refused]
-    start = len(short_idle.lines)
+    start = mark(short_idle)
     with Client(short_idle) as client, ThreadPoolExecutor() as pool:
         client.send(head)
 
@@ -482,19 +498,15 @@ BAD = {
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("path", ["wait", "stream"])
 def test_refusal_waits_for_the_responses_before_it_and_is_then_an_end(patient, path, bad):
-    start, runs = len(patient.lines), httpx.get(f"{patient.url}/runs").json()
+    start, runs = mark(patient), int(get(patient, "/runs"))
     name = f"{path}-{[*BAD].index(bad)}"
     with Client(patient) as client:
         client.send(f"GET /{path}/{name} HTTP/1.1\r\nHost: a\r\n\r\n".encode(), GET + BAD[bad])
         patient.wait_for("Invalid HTTP request received.", 1 + len(refusals(patient.lines[:start])))
-        httpx.get(f"{patient.url}/open/{name}")
+        get(patient, f"/open/{name}")
         assert client.statuses() == [200, 200]
     assert len(refusals(records(patient, start))) == 1
-    assert httpx.get(f"{patient.url}/runs").json() == runs
-
-
-def refusals(lines: list[dict]) -> list[dict]:
-    return [line for line in lines if line["message"] == "Invalid HTTP request received."]
+    assert int(get(patient, "/runs")) == runs
 
 
 def test_bad_chunk_amid_the_response_to_it_ends_that(patient):
@@ -508,24 +520,25 @@ def test_bad_chunk_amid_the_response_to_it_ends_that(patient):
 
 def test_more_requests_than_100_before_their_answers_end_the_connection_after_those(patient):
     with Client(patient) as client:
+        count = len(refusals(patient.lines[: mark(patient)]))
         client.send(b"GET /wait/pipeline HTTP/1.1\r\nHost: a\r\n\r\n" + GET * 200)
-        patient.wait_for("Invalid HTTP request received.")
-        httpx.get(f"{patient.url}/open/pipeline")
+        patient.wait_for("Invalid HTTP request received.", count + 1)
+        get(patient, "/open/pipeline")
         assert client.statuses() == [200] * 101  # one that was served, and 100 that waited
 
 
 def test_request_after_an_exception_is_not_run_when_the_rest_of_it_comes(patient):
-    runs = httpx.get(f"{patient.url}/runs").json()
+    runs = int(get(patient, "/runs"))
     for number, rest in enumerate([SMUGGLED[:30], b"POST /run HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nx"]):
         with Client(patient) as client:
             client.send(f"GET /broken/{number} HTTP/1.1\r\nHost: a\r\n\r\n".encode() + rest)
-            httpx.get(f"{patient.url}/open/{number}")
+            get(patient, f"/open/{number}")
             answer = client.answer()
             assert (answer.status, answer.fields["connection"]) == (500, "close")
             with suppress(ConnectionError):
                 client.send(SMUGGLED[30:] if number == 0 else b"yz", SMUGGLED)
             assert client.statuses() == []
-    assert httpx.get(f"{patient.url}/runs").json() == runs
+    assert int(get(patient, "/runs")) == runs
 
 
 # --- Time ---
@@ -533,7 +546,9 @@ def test_request_after_an_exception_is_not_run_when_the_rest_of_it_comes(patient
 
 def test_upload_that_the_service_reads_slowly_is_whole(short_body):
     size = 4_000_000
-    assert httpx.post(f"{short_body.url}/read-slowly", content=bytes(size), timeout=60).json() == size
+    with Client(short_body) as client:
+        client.send(request(b"POST /read-slowly HTTP/1.1", b"Content-Length: %d" % size, body=bytes(size)))
+        assert client.answer().body == b"%d" % size
 
 
 def test_upload_longer_than_each_deadline_is_whole_while_bytes_arrive(short_body, short_idle, short_head):
@@ -553,7 +568,7 @@ def test_upload_longer_than_each_deadline_is_whole_while_bytes_arrive(short_body
 
 @pytest.mark.parametrize("path", ["size", "item"])
 def test_upload_that_stops_gets_a_408_and_the_end(short_body, path):
-    start = len(short_body.lines)
+    start = mark(short_body)
     with Client(short_body) as client:
         client.send(request(f"POST /{path} HTTP/1.1".encode(), b"Content-Length: 9", body=b"abc"))
         answers = client.answers()
@@ -563,7 +578,7 @@ def test_upload_that_stops_gets_a_408_and_the_end(short_body, path):
 
 
 def test_upload_that_stops_amid_its_response_ends_that(short_body):
-    start = len(short_body.lines)
+    start = mark(short_body)
     with Client(short_body) as client:
         client.send(request(b"POST /count/ HTTP/1.1", b"Content-Length: 9", body=b"abc"))
         assert client.head()[0] == 200
@@ -580,11 +595,12 @@ def test_head_that_does_not_end_in_time_ends_the_connection(short_head, before):
 
     def drip(client: Client) -> None:
         with suppress(ConnectionError):
-            for byte in GET * 1000:
-                client.send(bytes([byte]) if byte > 32 else b"x")
+            client.send(b"GET /")
+            while True:
+                client.send(b"x")
                 threading.Event().wait(0.05)
 
-    start = len(short_head.lines)
+    start = mark(short_head)
     with Client(short_head) as silent, Client(short_head) as dripping, ThreadPoolExecutor() as pool:
         for client in (silent, dripping):
             client.send(before)
@@ -606,13 +622,13 @@ def test_half_a_head_ends_no_response_before_it(short_head):
         with Client(short_head) as other:  # which begins later, and whose time is over
             other.send(GET[:20])
             assert other.file.read() == b""
-        httpx.get(f"{short_head.url}/open/long")
+        get(short_head, "/open/long")
         assert client.statuses() == [200]
 
 
 @pytest.mark.parametrize("before", [b"", GET, b"\r\n"], ids=["nothing", "a request", "an empty line"])
 def test_idle_connection_ends_in_time_without_a_record(short_idle, before):
-    start = len(short_idle.lines)
+    start = mark(short_idle)
     with Client(short_idle) as client:
         client.send(before)
         assert client.statuses() == [200] * (before == GET)
@@ -670,14 +686,14 @@ def test_handshake_with_a_body_is_refused(sockets, body, packets):
     with Client(sockets) as client:
         client.send(head + data) if packets == 1 else client.send(head, data)
         assert client.statuses() == [400]
-    assert httpx.get(f"{sockets.url}/runs").json() == 0
+    assert int(get(sockets, "/runs")) == 0
 
 
 def test_handshake_does_not_come_before_the_response_to_an_earlier_request(sockets):
     with Client(sockets) as client:
         client.send(b"GET /wait/handshake HTTP/1.1\r\nHost: a\r\n\r\n" + request(WS, *HANDSHAKE))
         sockets.wait_for("Invalid HTTP request received.")
-        httpx.get(f"{sockets.url}/open/handshake")
+        get(sockets, "/open/handshake")
         assert client.statuses() == [200]
 
 
@@ -718,7 +734,7 @@ def test_first_piece_of_a_stream_does_not_wait_for_the_second(patient):
         client.send(b"GET /stream/second HTTP/1.1\r\nHost: a\r\n\r\n")
         assert client.head()[0] == 200
         assert client.chunk() == b"first\n"
-        httpx.get(f"{patient.url}/open/second")
+        get(patient, "/open/second")
         assert client.chunk() == b"last\n"
 
 
@@ -727,4 +743,4 @@ def test_stream_waits_for_a_client_that_does_not_read(source, loop):
     with Process("--loop", loop, source=source) as process, Client(process) as client:
         client.send(b"GET /endless HTTP/1.1\r\nHost: a\r\n\r\n")
         client.head()
-        assert 0 < httpx.get(f"{process.url}/made", timeout=20).json() < 100
+        assert 0 < int(get(process, "/made")) < 100
