@@ -7,8 +7,9 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Self
+from typing import NamedTuple, Self
 from urllib.parse import urlsplit
 
 import pytest
@@ -151,7 +152,7 @@ class Client:
     def __init__(self, process: Process) -> None:
         self.socket = socket.create_connection(("127.0.0.1", urlsplit(process.url).port or 0), timeout=30)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.file: BinaryIO = self.socket.makefile("rb")
+        self.file: BufferedReader = self.socket.makefile("rb")
 
     def __enter__(self) -> Self:
         return self
@@ -164,11 +165,9 @@ class Client:
         for piece in data:
             self.socket.sendall(piece)
 
-    def head(self) -> tuple[int, dict[str, str]] | None:
-        """Status and fields of the next response; None at the end of the connection."""
+    def head(self) -> tuple[int, dict[str, str]]:
+        """Status and fields of the next response."""
         line = self.file.readline()
-        if not line:
-            return None
         assert line.startswith(b"HTTP/1.1 "), line
         fields = {}
         while (field := self.file.readline()) != b"\r\n":
@@ -176,11 +175,8 @@ class Client:
             fields[name] = value.strip()
         return int(line.split()[1]), fields
 
-    def answer(self, has_body: bool = True) -> Answer | None:
-        head = self.head()
-        if not head:
-            return None
-        status, fields = head
+    def answer(self, has_body: bool = True) -> Answer:
+        status, fields = self.head()
         if not has_body:
             return Answer(status, fields, b"")
         if "content-length" in fields:
@@ -199,7 +195,10 @@ class Client:
 
     def answers(self) -> list[Answer]:
         """All that come until the service ends the connection."""
-        return [*iter(self.answer, None)]
+        found = []
+        while self.file.peek(1):
+            found.append(self.answer())
+        return found
 
     def statuses(self) -> list[int]:
         return [answer.status for answer in self.answers()]
