@@ -1,10 +1,7 @@
 """What `python main.py` promises as a process: command line, output, answers on the wire."""
 
-import socket
-import struct
 import subprocess
 import sys
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -41,16 +38,6 @@ def test_answers_carry_the_headers_that_browsers_obey_and_do_not_name_the_server
     assert "server" not in headers
 
 
-def test_response_is_one_packet():
-    with Process() as process, socket.create_connection(("127.0.0.1", urlsplit(process.url).port)) as connection:
-        connection.sendall(b"GET /items/5?q=somequery HTTP/1.1\r\nHost: service\r\n\r\n")
-        answer = b""
-        while not answer.endswith(b"}"):
-            answer += connection.recv(65536)
-        information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
-        assert struct.unpack_from("I", information, 152) == (1,), "tcpi_data_segs_in of Linux' tcp_info"
-
-
 PLAIN_ASGI = """
 async def plain(scope, receive, send):
     await send({"type": "http.response.start", "status": 204})
@@ -81,28 +68,6 @@ async def reused():
 def test_stream_from_one_buffer_comes_as_it_was_when_sent(variant):
     with Process(source=variant(REUSED)) as process:
         assert httpx.get(process.url + "/reused").text == "".join(digit * 10 for digit in "0123456789")
-
-
-ENDLESS = """
-from fastapi.responses import StreamingResponse
-made = 0
-@app.get("/endless")
-async def endless():
-    async def chunks():  # with never a wait of its own
-        global made
-        while True:
-            made += 1
-            yield bytes(1_000_000)
-    return StreamingResponse(chunks())
-@app.get("/made")
-async def read_made() -> int:
-    return made
-"""
-
-
-def test_stream_waits_for_a_client_that_does_not_read(variant):
-    with Process(source=variant(ENDLESS)) as process, httpx.stream("GET", process.url + "/endless"):
-        assert 0 < httpx.get(process.url + "/made", timeout=20).json() < 100
 
 
 def test_reload_serves_the_change_and_does_not_drain(variant):
