@@ -1113,13 +1113,13 @@ class TurnByTurn:
     def __init__(self, app: Any) -> None:
         self.app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> Any:
         async def send_and_wait(message: Message) -> None:
             await send(message)
             if message["type"] == "http.response.body":
                 await asyncio.sleep(0)
 
-        await self.app(scope, receive, send_and_wait)
+        return await self.app(scope, receive, send_and_wait)  # None, or uvicorn complains
 
 
 # Start
