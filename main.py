@@ -969,6 +969,7 @@ class Http(HttpToolsProtocol):
         elif not self.has_answered():
             self.refuse("Invalid HTTP request received.", ValueError("a handshake before the answers"))
         else:
+            self.flush()
             self.handle_websocket_upgrade()
 
     def serve_without_upgrade(self, rest: bytes) -> None:
@@ -991,6 +992,7 @@ class Http(HttpToolsProtocol):
         """
         self.is_refused = True
         self.warn(message, cause)
+        self.flush()
         is_body = self.reading == "body"
         if is_body and self.pipeline:
             self.pipeline.popleft()  # its own request waits there, the newest
@@ -1061,10 +1063,14 @@ class Http(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Let uvicorn close the connection, if nothing is due on it, or end it with the response that is."""
+        self.flush()
+        super().shutdown()
+
+    def flush(self) -> None:
+        """Write at once what ResponseTransport would write at the end of the turn, since something else comes after it."""
         response = self.cycle.transport if self.cycle else None
         if isinstance(response, ResponseTransport):
             response.flush()
-        super().shutdown()
 
 
 class ResponseTransport(asyncio.Transport):
