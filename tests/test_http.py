@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.harness import UV, Process, write_variant
+from tests.harness import UV, Process, wait_until, write_variant
 
 pytestmark = pytest.mark.xdist_group("http")
 
@@ -514,6 +514,14 @@ def test_bad_chunk_amid_the_response_to_it_ends_that(patient):
         assert client.file.read() == b""
 
 
+def test_refusal_right_behind_a_response_is_no_second_one_and_loses_no_first(patient):
+    trailers = b"0\r\n" + b"X: x\r\n" * 100_000
+    for _ in range(10):
+        with Client(patient) as client:
+            client.send(request(b"POST /items/5 HTTP/1.1", b"Transfer-Encoding: chunked"), trailers)
+            assert client.statuses() in ([400], [405])
+
+
 def test_more_requests_than_100_before_their_answers_end_the_connection_after_those(patient):
     with Client(patient) as client:
         count = len(refusals(patient.lines[: mark(patient)]))
@@ -741,4 +749,5 @@ def test_stream_waits_for_a_client_that_does_not_read(source, loop):
     with Process("--loop", loop, source=source) as process, Client(process) as client:
         client.send(b"GET /endless HTTP/1.1\r\nHost: a\r\n\r\n")
         client.head()
+        wait_until(lambda: get(process, "/made") == get(process, "/made"), 30)
         assert 0 < int(get(process, "/made")) < 100
