@@ -461,7 +461,7 @@ REFUSED_UPLOADS = {
 def test_client_that_goes_on_sending_after_its_refusal_is_ended_in_time(short_idle, refused):
     head, status = REFUSED_UPLOADS[refused]
     start = mark(short_idle)
-    with Client(short_idle) as client, ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, Client(short_idle) as client:
         client.send(head)
 
         def send_until_the_end() -> None:
@@ -607,7 +607,7 @@ def test_head_that_does_not_end_in_time_ends_the_connection(short_head, before):
                 threading.Event().wait(0.05)
 
     start = mark(short_head)
-    with Client(short_head) as silent, Client(short_head) as dripping, ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, Client(short_head) as silent, Client(short_head) as dripping:
         for client in (silent, dripping):
             client.send(before)
             assert not before or client.answer().status == 200
