@@ -69,7 +69,7 @@ def test_new_service_is_a_copy_one_name_a_route_and_its_test(engine, folder):
     name, port = f"{NAME}-books", free_port()
     makefile, main, tests = (folder / file for file in ("Makefile", "main.py", "test_main.py"))
     makefile.write_text(re.sub(r"^(NAME +\?= ).*", rf"\g<1>{name}", makefile.read_text(), count=1, flags=re.MULTILINE))
-    main.write_text(main.read_text().replace(CONTAINER, ROUTE + CONTAINER))
+    main.write_text(main.read_text().replace(CONTAINER, ROUTE.lstrip() + CONTAINER))
     tests.write_text(tests.read_text() + TEST)
     try:
         status, output = make("test", "run", f"ENGINE={engine}", f"PORT={port}", folder=folder)
@@ -77,6 +77,7 @@ def test_new_service_is_a_copy_one_name_a_route_and_its_test(engine, folder):
         assert httpx.get(f"http://127.0.0.1:{port}/books").json() == [{"isbn": "9"}]
         title = '{{index .Config.Labels "org.opencontainers.image.title"}}'
         assert run(engine, "inspect", "--format", title, name) == name
-        assert make("lint", "stop", f"ENGINE={engine}", folder=folder)[0] == 0
+        status, output = make("lint", "stop", f"ENGINE={engine}", folder=folder)
+        assert status == 0, output
     finally:
         run("sh", "-c", f"{engine} rm --force {name} 2>/dev/null; {engine} image rm --force {name}")
