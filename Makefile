@@ -79,7 +79,7 @@ smoke: .venv/ready ## Test what answers at URL against the contract in test_main
 dev: .venv/ready ## Serve main.py on this host, and again after each change
 	@.venv/bin/python main.py --reload --port $(PORT)
 test: .venv/ready ## Test the contract, and what a process alone can show, on this host without an engine
-	@$(PYTEST) --numprocesses auto --maxprocesses 8 --dist loadgroup -m "not check" $(TESTS)
+	@$(PYTEST) --numprocesses auto --maxprocesses 8 --dist loadfile -m "not check" $(TESTS)
 lint: .venv/ready ## Check style and types, and the Dockerfile
 	$(RUFF) check $(STYLE) . && $(RUFF) format $(STYLE) --check .
 	$(TY) check --python .venv --extra-search-path . . && $(HADOLINT) $(wildcard Dockerfile */*/Dockerfile)

@@ -63,6 +63,7 @@ def test_build_ends_with_a_sentence(build, change, sentence):
     assert sentence in output
 
 
+@pytest.mark.check
 def test_clone_with_git_for_windows_line_ends_has_those_of_this_project(tmp_path):
     run("git", "clone", "--quiet", "--config=core.autocrlf=true", "--config=core.eol=crlf", HERE, tmp_path / "clone")
     text = [path for path in (tmp_path / "clone").rglob("*") if path.is_file() and path.suffix not in {".png"}]

@@ -34,7 +34,6 @@ from tests.harness import (
     wait_until,
 )
 
-pytestmark = pytest.mark.xdist_group("compose")
 NUMBERS = itertools.count(random.randrange(200))
 FORGED = {"X-Forwarded-For": "203.0.113.7", "X-Forwarded-Proto": "http", "X-Real-Ip": "203.0.113.7"}
 SETTING, SECRET = """it's "5 $HOME" # \\n""", "postgresql://user:password@database"

@@ -16,8 +16,6 @@ import pytest
 
 from tests.harness import UV, Process, wait_until, write_variant
 
-pytestmark = pytest.mark.xdist_group("http")
-
 SERVICE = """
 from fastapi import BackgroundTasks, Request, WebSocket
 from fastapi.responses import StreamingResponse

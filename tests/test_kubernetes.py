@@ -18,7 +18,7 @@ import main
 from tests.harness import HERE, NAME, UV, Container, Image, answers, free_port, missing, run, wait_until
 from tests.kubernetes.cluster import Copy
 
-pytestmark = [pytest.mark.check, pytest.mark.xdist_group("pods")]
+pytestmark = pytest.mark.check
 VALIDATOR = "kubernetes-validate@1.37.0"  # of the Kubernetes whose schemas it brings
 CONTAINER = Container("podman", f"{NAME}-pod-service")
 

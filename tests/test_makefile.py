@@ -39,7 +39,6 @@ def test_edit_of_test_main_py_sets_nothing_up_again(tmp_path):
 
 
 @pytest.mark.contract
-@pytest.mark.xdist_group("host")
 def test_make_run_without_an_engine_serves_on_this_host():
     port = f"PORT={free_port()}"
     status, output = make("run", "ENGINE=", port)
@@ -61,7 +60,6 @@ def test_make_run_names_a_port_that_is_none(port):
     assert make("run", f"PORT={port}")[1].splitlines()[0] == f"PORT={port}: takes a port from 1 to 65535."
 
 
-@pytest.mark.xdist_group("host")
 @pytest.mark.parametrize("target", ["stop", "logs"])
 @pytest.mark.parametrize(
     ("engine", "where"), [("", ""), ("no-such-engine", " in no-such-engine as nothing-of-that-name")]

@@ -28,7 +28,6 @@ from tests.harness import (
 )
 from tests.test_compose import Stack
 
-pytestmark = pytest.mark.xdist_group("metrics")
 WINDOW = 15  # seconds, in the place of the documents' minute
 QUERIES = re.search(r"```promql\n(.*?)```", (HERE / "docs/deployments.md").read_text(), re.DOTALL)
 RATE, ERRORS, SLOWEST, IN_FLIGHT = QUERIES[1].splitlines() if QUERIES else []

@@ -170,7 +170,7 @@ def seen(server: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("server", "promise"),
-    [pytest.param(server, promise, marks=pytest.mark.xdist_group(server)) for server in OBSERVERS for promise in TABLE],
+    [(server, promise) for server in OBSERVERS for promise in TABLE],
 )
 def test_server_keeps_of_each_promise_what_the_table_says(server, promise):
     assert seen(server)[promise] == TABLE[promise][server]

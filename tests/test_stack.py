@@ -16,7 +16,6 @@ import trustme
 from tests import harness
 from tests.harness import HERE, RATE, Clients, Container, Image, Load, free_port, frozen, missing, run, wait_until
 
-pytestmark = pytest.mark.xdist_group("stack")
 NAME = f"{harness.NAME}-stack"
 SETTING, SECRET = """it's "5 $HOME" # \\n""", "postgresql://user:password@database"
 

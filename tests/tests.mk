@@ -8,7 +8,7 @@ ZIZMOR     := $(UV) tool run zizmor@1.32.0 --offline --pedantic --strict-collect
 .PHONY: check check-kubernetes lint-scripts
 ##@ The whole project
 check: .venv/ready ## Run all tests, those of the container and the deployments too; ENGINE insists on an engine
-	@$(PYTEST) --numprocesses 3 --dist loadgroup $(TESTS)
+	@$(PYTEST) --numprocesses 3 --dist loadfile $(TESTS)
 check-kubernetes: engine .venv/ready ## Test deployments on the Kubernetes of CONTEXT, each of whose nodes is a container here
 	@test "$(CONTEXT)" || { echo "CONTEXT=: name the cluster; kubectl knows $$(kubectl config get-contexts --output name | xargs)."; exit 1; }
 	@CONTEXT="$(CONTEXT)" $(PYTEST) --capture=no tests/kubernetes
