@@ -625,6 +625,8 @@ class Lifecycle:
     def drain(self) -> None:
         """Begin the drain; end it if it has begun."""
         assert self.loop is not None
+        if self.is_draining and __name__ == "__mp_main__":
+            return  # sent to a whole group, SIGTERM comes to a worker from its parent, too
         if self.is_draining:
             self.stop()
             return
