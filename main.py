@@ -10,7 +10,7 @@
 import signal
 import sys
 
-if __name__ == "__main__":  # as the first process of a container it would not hear SIGTERM until uvicorn listens to it
+if __name__ == "__main__":  # the first process of a container ignores SIGTERM until a handler is set: uvicorn's is late
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 from collections.abc import AsyncGenerator
@@ -20,27 +20,31 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
 # --- Your service: everything that you add goes here ---
+# Routes, models, middleware and exception handlers stand below `app`. What follows this part wraps all of them.
 
 
 class Settings(BaseModel):
-    """Your settings, each one value: a variable of its name in capitals, or a file that `<NAME>_FILE` names."""
+    """Your settings: `hello` is the variable HELLO, or the content of the file that HELLO_FILE names.
+
+    Each is one value, no list. A name such as `path` or `home` is taken: PATH and HOME are set already.
+    """
 
     hello: str = "World"
 
 
-settings: Settings  # read below, after this part: use it inside functions, as `read_root` does
+settings: Settings  # read below: for use inside functions; middleware that takes one is added at the end of this file
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-    """Open here what all requests share, such as a pool of connections. The service is ready after that."""
+    """Open before the `yield` what all requests share, such as `app.state.pool`, and close it after; ready in between."""
     yield
 
 
 def prestart() -> None:
     """Steps before starting, such as a migration: `python main.py --prestart` runs them, once, before the replicas.
 
-    No app runs then. An exception ends them with status 1, and no replica is started.
+    `settings` is there, but no app runs. An exception ends them with status 1, and no replica is started.
     """
 
 
@@ -48,7 +52,7 @@ app = FastAPI(
     title="Items",
     version="1.0.0",
     lifespan=lifespan,
-    telemetry={"exclude": lambda scope: is_probe(scope)},  # which is defined below
+    telemetry={"exclude": lambda scope: is_probe(scope)},  # no spans of probes; a lambda, since it is defined below
 )
 
 
@@ -519,7 +523,10 @@ class AccessLogResponder:
         self.lines.add(line | fields | trace_ids(request_span.get()))
 
     def route(self) -> str | None:
-        """The template of the path, with the prefixes of routers and of mounted apps."""
+        """The template of the path, with the prefixes of routers and of mounted apps.
+
+        Of `/api/5/items/7`, where the route's own part is `/items/7`, it is `/api/{tenant}/items/{item_id}`.
+        """
         route = self.scope.get("route")
         if route is None:
             return None
@@ -601,7 +608,7 @@ class Lifecycle:
             if message["type"] == "lifespan.startup.complete":
                 self.is_starting = False
                 if has_signals:
-                    with suppress(RuntimeError):  # of a loop that is not asyncio's or one like it
+                    with suppress(RuntimeError):  # of a loop that is not asyncio's or one like it: there is no drain
                         self.loop = asyncio.get_running_loop()
             await send(message)
 
@@ -759,8 +766,8 @@ class BodyLimits(RequestBodyLimitMiddleware):
                 await self.app(scope, body.receive_in_time, body.send_and_close)
             else:
                 await super().__call__(scope, body.receive_in_time, body.send_and_close)
-        except ExceptionGroup as group:
-            refusal = self.find_refusal(group)
+        except (StarletteHTTPException, ExceptionGroup) as error:
+            refusal = self.find_refusal(error)
             if refusal is None or body.has_response:
                 raise
             answer = JSONResponse({"detail": refusal.detail}, refusal.status_code)
@@ -789,6 +796,7 @@ class BodyResponder:
         self.receive = receive
         self.send = send
         self.is_whole = False
+        self.is_late = False
         self.has_response = False
 
     async def receive_in_time(self) -> Message:
@@ -798,6 +806,7 @@ class BodyResponder:
             message = await self.receive()
             self.is_whole = not message.get("more_body", False)
             return message
+        self.is_late = True
         if not self.has_response:
             raise HTTPException(408)
         address = self.scope["client"][0] if self.scope.get("client") else None
@@ -807,7 +816,8 @@ class BodyResponder:
     async def send_and_close(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.has_response = True
-            if message["status"] in {408, 413} and self.scope.get("http_version") in {"1.0", "1.1"}:
+            is_refusal = self.is_late or message["status"] in {408, 413}
+            if is_refusal and self.scope.get("http_version") in {"1.0", "1.1"}:
                 message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
         await self.send(message)
 
@@ -1182,7 +1192,8 @@ if Exception not in app.exception_handlers and 500 not in app.exception_handlers
 if app.exception_handlers[StarletteHTTPException] is http_exception_handler:
     app.add_exception_handler(StarletteHTTPException, http_exception_with_cause)
 
-# The last one is outermost: it sees a request first. Yours, added above, are inside of all these.
+# The last one is outermost: it sees a request first. Yours, added above, are inside of all these, so that a 503 of
+# Overload has none of their headers. One that takes a setting, or that is to wrap these, is added here.
 app.add_middleware(
     BodyLimits, max_body_size=server_settings.max_body_bytes, timeout=server_settings.client_body_timeout
 )
@@ -1192,7 +1203,9 @@ app.add_middleware(SafeHeaders, headers=SAFE_HEADERS)
 app.add_middleware(AccessLog, lines=None if options.get("log_config") else json_lines)
 serve_documentation_from_here(app)
 
-if IS_OURS:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # which uvicorn, once it has stopped, sends to its process
+if IS_OURS and not options["prestart"]:
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(0)
+    )  # uvicorn raises it again once it has stopped: that is no error
 if __name__ == "__main__":
     main()

@@ -365,6 +365,23 @@ def test_own_middleware_keeps_refusals_of_a_body_what_they_are(variant):
     assert not process.said("Exception")
 
 
+READS_FIRST = """
+@app.middleware("http")
+async def read_first(request, call_next):
+    await request.body()
+    return await call_next(request)
+"""
+
+
+def test_own_middleware_that_reads_a_body_which_stops_is_answered_408_and_the_end(variant):
+    with Process(source=variant(BODY + READS_FIRST), CLIENT_BODY_TIMEOUT="1") as process:
+        with socket.create_connection(("127.0.0.1", urlsplit(process.url).port), 60) as connection:
+            connection.sendall(b"POST /body HTTP/1.1\r\nHost: service\r\nContent-Length: 10\r\n\r\n")
+            answer = connection.recv(65536)
+    assert (answer[:13], b"\r\nconnection: close" in answer) == (b"HTTP/1.1 408 ", True)
+    assert not process.said("Exception")
+
+
 def test_event_stream_below_own_middleware_ends_by_itself_at_the_stop(variant):
     limits: dict[str, Any] = {"DRAIN_SECONDS": "0", "TIMEOUT_GRACEFUL_SHUTDOWN": "20"}
     with Process(source=variant(MIDDLEWARE + EVENTS), **limits) as process:

@@ -191,3 +191,15 @@ async def start_wait() -> int:
         assert httpx.get(process.url + "/wait", timeout=60).json() in {-signal.SIGTERM, 0}
         assert httpx.get(process.url + "/readyz").status_code == 200
     assert not process.said("Shutting down")
+
+
+def test_steps_before_starting_that_are_interrupted_have_not_succeeded(variant):
+    source = variant("""
+import time
+def prestart() -> None:
+    print("begun")
+    time.sleep(60)
+""")
+    process = Process("--prestart", source=source)
+    process.wait_for("begun")
+    assert process.terminate() == 128 + signal.SIGTERM
