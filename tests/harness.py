@@ -25,7 +25,7 @@ import httpx
 import pytest
 
 # Of the make that may have started this, and what main, when it is imported, would take for its setting.
-for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PORT"):
+for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PORT", "HOST", "IMAGE", "NAME", "PREFIX", "REPLICAS", "TESTS"):
     os.environ.pop(name, None)
 
 HERE = Path(__file__).parent.parent

@@ -375,7 +375,8 @@ async def read_first(request, call_next):
 
 def test_own_middleware_that_reads_a_body_which_stops_is_answered_408_and_the_end(variant):
     with Process(source=variant(BODY + READS_FIRST), CLIENT_BODY_TIMEOUT="1") as process:
-        with socket.create_connection(("127.0.0.1", urlsplit(process.url).port), 60) as connection:
+        connection = socket.create_connection(("127.0.0.1", urlsplit(process.url).port), 60)
+        with connection:
             connection.sendall(b"POST /body HTTP/1.1\r\nHost: service\r\nContent-Length: 10\r\n\r\n")
             answer = connection.recv(65536)
     assert (answer[:13], b"\r\nconnection: close" in answer) == (b"HTTP/1.1 408 ", True)
