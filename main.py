@@ -430,7 +430,7 @@ class AccessLog:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        token = attach(self.trace(scope))
+        token = attach(self.find_context(scope))
         request_span.set(trace.get_current_span().get_span_context())
         try:
             if scope["type"] == "http":
@@ -440,7 +440,7 @@ class AccessLog:
         finally:
             detach(token)
 
-    def trace(self, scope: Scope) -> Context:
+    def find_context(self, scope: Scope) -> Context:
         """The context of the span that telemetry exports, else with the span of the caller, else with none."""
         span = trace.get_current_span().get_span_context()
         if span.is_valid and not span.is_remote:
@@ -1203,9 +1203,8 @@ app.add_middleware(SafeHeaders, headers=SAFE_HEADERS)
 app.add_middleware(AccessLog, lines=None if options.get("log_config") else json_lines)
 serve_documentation_from_here(app)
 
+# Uvicorn raises SIGTERM again once it has stopped: that is no error.
 if IS_OURS and not options["prestart"]:
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(0)
-    )  # uvicorn raises it again once it has stopped: that is no error
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 if __name__ == "__main__":
     main()

@@ -312,19 +312,24 @@ async def until_gone(request: Request):
 """
 
 
+def stop_amid_events(process: Process) -> None:
+    """Stop the service while a client reads its event stream, which ends by itself, and whole."""
+    with httpx.stream("GET", process.url + "/events", timeout=20) as response:
+        ticks = response.iter_text()
+        first = next(ticks)
+        process.popen.terminate()
+        assert {*(first + "".join(ticks)).split("\n\n")} == {"data: tick", ""}
+    process.end()
+    assert process.said("events are over")
+    assert not process.said("timeout graceful shutdown exceeded")
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_event_stream_ends_by_itself_at_the_stop_and_its_client_sees_a_whole_response(variant, workers):
     limits: dict[str, Any] = {"DRAIN_SECONDS": "0", "TIMEOUT_GRACEFUL_SHUTDOWN": "20"}
     with Process("--workers", workers, source=variant(EVENTS), **limits) as process:
         process.wait_for("Application startup complete", int(workers))
-        with httpx.stream("GET", process.url + "/events", timeout=20) as response:
-            ticks = response.iter_text()
-            first = next(ticks)
-            process.popen.terminate()
-            assert {*(first + "".join(ticks)).split("\n\n")} == {"data: tick", ""}
-        process.end()
-    assert process.said("events are over")
-    assert not process.said("timeout graceful shutdown exceeded")
+        stop_amid_events(process)
     assert process.said("GET /events 200")
     assert not process.said("Exception")
 
@@ -386,14 +391,7 @@ def test_own_middleware_that_reads_a_body_which_stops_is_answered_408_and_the_en
 def test_event_stream_below_own_middleware_ends_by_itself_at_the_stop(variant):
     limits: dict[str, Any] = {"DRAIN_SECONDS": "0", "TIMEOUT_GRACEFUL_SHUTDOWN": "20"}
     with Process(source=variant(MIDDLEWARE + EVENTS), **limits) as process:
-        with httpx.stream("GET", process.url + "/events", timeout=20) as response:
-            ticks = response.iter_text()
-            first = next(ticks)
-            process.popen.terminate()
-            assert {*(first + "".join(ticks)).split("\n\n")} == {"data: tick", ""}
-        process.end()
-    assert process.said("events are over")
-    assert not process.said("timeout graceful shutdown exceeded")
+        stop_amid_events(process)
     assert not process.said("Exception")
 
 
