@@ -90,7 +90,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -106,7 +106,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import consts
 from opentelemetry import propagate, trace
-from opentelemetry.context import Context, attach, detach, get_current
+from opentelemetry.context import Context, attach, detach
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -116,7 +116,7 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 from uvicorn.config import LOG_LEVELS, LOGGING_CONFIG
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 logger = logging.getLogger("service")
 IS_OURS = __name__ in {"__main__", "__mp_main__"}  # this is `python main.py` or a worker of it, not somebody's import
@@ -410,146 +410,7 @@ except (SettingError, click.ClickException) as error:
     sys.exit(1)
 
 
-# Access log and traces
-
-TRACE_HEADERS = {b"traceparent", b"tracestate", b"baggage"}
-
-
-class AccessLog:
-    """Logs each request once its response is complete, probes that succeed excepted; continues its caller's trace.
-
-    It makes a JSON line, in the least time, where there are such, else a record of the logger `access`, with
-    OpenTelemetry's names for its fields. A log level above `info` leaves it out.
-    """
-
-    def __init__(self, app: ASGIApp, lines: JsonLines | None) -> None:
-        self.app = app
-        self.lines = lines
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self.app(scope, receive, send)
-            return
-        token = attach(self.find_context(scope))
-        request_span.set(trace.get_current_span().get_span_context())
-        try:
-            if scope["type"] == "http":
-                await AccessLogResponder(self.app, self.lines)(scope, receive, send)
-            else:
-                await self.app(scope, receive, send)
-        finally:
-            detach(token)
-
-    def find_context(self, scope: Scope) -> Context:
-        """The context of the span that telemetry exports, else with the span of the caller, else with none."""
-        span = trace.get_current_span().get_span_context()
-        if span.is_valid and not span.is_remote:
-            return get_current()
-        no_span = trace.set_span_in_context(trace.INVALID_SPAN)
-        carrier: dict[str, str] = {}
-        for name, value in scope["headers"]:
-            if name in TRACE_HEADERS:
-                key, text = name.decode(), value.decode("latin-1")
-                carrier[key] = f"{carrier[key]},{text}" if key in carrier else text
-        return propagate.extract(carrier, no_span) if carrier else no_span
-
-
-class AccessLogResponder:
-    """Observes the response of one request."""
-
-    logger = logging.getLogger("access")
-
-    def __init__(self, app: ASGIApp, lines: JsonLines | None) -> None:
-        self.app = app
-        self.lines = lines
-        self.has_begun = False
-        self.has_left = False  # the client, before its response
-        self.status = 500
-        self.size = 0
-        self.is_logged = False
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.scope = scope
-        self.receive = receive
-        self.send = send
-        self.root_path = scope.get("root_path", "")  # to which a mounted app adds its own
-        self.is_probe = is_probe(scope)
-        self.started = time.perf_counter()
-        try:
-            await self.app(scope, self.receive_until_end, self.observe)
-        finally:
-            self.log()
-
-    async def receive_until_end(self) -> Message:
-        message = await self.receive()
-        if message["type"] == "http.disconnect" and not self.has_begun:
-            self.has_left = True
-        return message
-
-    async def observe(self, message: Message) -> None:
-        await self.send(message)
-        if message["type"] == "http.response.start":
-            self.has_begun = True
-            self.status = message["status"]
-        elif message["type"] == "http.response.body":
-            self.size += len(message.get("body", b""))
-            if not message.get("more_body", False):
-                self.log()
-
-    def log(self) -> None:
-        scope = self.scope
-        if self.is_logged or not self.logger.isEnabledFor(logging.INFO):
-            return
-        if self.is_probe and self.status < 400:
-            return
-        self.is_logged = True
-        if self.has_left:
-            self.status = 499  # nginx's number for it
-        message = f"{scope['method']} {quote(scope['path'])} {self.status}"
-        fields = {
-            "http.request.method": scope["method"],
-            "url.scheme": scope.get("scheme", "http"),
-            "url.path": scope["path"],
-            "http.route": self.route(),
-            "http.response.status_code": self.status,
-            "http.response.body.size": 0 if scope["method"] == "HEAD" else self.size,
-            "http.server.request.duration": round(time.perf_counter() - self.started, 6),
-            "client.address": scope["client"][0] if scope.get("client") else None,
-        }
-        if self.lines is None:
-            self.logger.info("%s", message, extra=fields)
-            return
-        line = {"timestamp": time.time(), "level": "info", "logger": "access", "message": message}
-        self.lines.add(line | fields | trace_ids(request_span.get()))
-
-    def route(self) -> str | None:
-        """The template of the path, with the prefixes of routers and of mounted apps.
-
-        Of `/api/5/items/7`, where the route's own part is `/items/7`, it is `/api/{tenant}/items/{item_id}`.
-        """
-        route = self.scope.get("route")
-        if route is None:
-            return None
-        values = {name: str(value) for name, value in self.scope["path_params"].items()}
-        try:
-            own = route.path_format.format(**values)
-        except (KeyError, IndexError, ValueError):  # it is a mount, whose rest of a path is no parameter
-            return route.path_format
-        path = self.scope["path"].removeprefix(self.root_path)
-        if not path.endswith(own):
-            return route.path_format
-        names = {value: f"{{{name}}}" for name, value in values.items() if f"{{{name}}}" not in route.path_format}
-        prefix = [names.get(part, part) for part in path.removesuffix(own).split("/")]
-        return "/".join(prefix) + route.path_format
-
-
-# Probes, drain and stop
-
-PROBES = {"/livez", "/readyz"}
-
-
-def is_probe(scope: Scope) -> bool:
-    return scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) in PROBES
+# Start and stop
 
 
 def is_reloading() -> bool:
@@ -558,15 +419,14 @@ def is_reloading() -> bool:
 
 
 class Lifecycle:
-    """Answers the probes `/livez` and `/readyz`, and makes SIGTERM a drain that loses no request.
+    """Makes SIGTERM a drain that loses no request, and answers the probes `/livez` and `/readyz`.
 
     `/readyz` is 200 from the end of start-up until SIGTERM. Then requests are served for `drain_seconds` more, while load
     balancers look elsewhere: each response closes its connection. After that the server stops as it does by itself; event
     streams, which would not end, are ended. A second SIGTERM skips the rest of the drain.
     """
 
-    def __init__(self, app: ASGIApp, drain_seconds: float) -> None:
-        self.app = app
+    def __init__(self, drain_seconds: float) -> None:
         self.drain_seconds = drain_seconds
         self.is_starting = False
         self.is_draining = False
@@ -575,22 +435,12 @@ class Lifecycle:
         self.stop_server: Callable[[], object] = lambda: None
         self.event_streams: set[asyncio.Task[Any]] = set()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self.start(scope, receive, send)
-        elif is_probe(scope) and scope["method"] in {"GET", "HEAD"}:
-            await self.probe(scope)(scope, receive, send)
-        elif self.loop is None or scope["type"] != "http":
-            await self.app(scope, receive, send)
-        else:
-            await LifecycleResponder(self, asyncio.current_task())(scope, receive, send)
-
     def probe(self, scope: Scope) -> Response:
         is_ready = not (self.is_starting or self.is_draining)
         status = 200 if is_ready or scope["path"].endswith("/livez") else 503
         return Response(status_code=status, headers={"Cache-Control": "no-store"})
 
-    async def start(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def start(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the app start, with the drain before what the server does on SIGTERM.
 
         The server has put its own handler by then. Yours, which `lifespan` may put, can call ours as the one before it.
@@ -612,7 +462,7 @@ class Lifecycle:
                         self.loop = asyncio.get_running_loop()
             await send(message)
 
-        await self.app(scope, receive, send_when_started)
+        await app(scope, receive, send_when_started)
 
     def on_sigterm(self, *_: Any) -> None:
         """Begin the drain, or end the process at once before it has started, since nothing is served yet."""
@@ -650,51 +500,24 @@ class Lifecycle:
             task.cancel()
         self.stop_server()
 
+    def current_task(self) -> asyncio.Task[Any] | None:
+        """The task of this request, which the stop may have to end; none where the server's stop is its own matter."""
+        return asyncio.current_task() if self.loop else None
 
-class LifecycleResponder:
-    """The response of one request, as the drain and the stop want it."""
-
-    def __init__(self, lifecycle: Lifecycle, task: Any) -> None:
-        self.lifecycle = lifecycle
-        self.task = task
-        self.is_complete = False
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.scope = scope
-        self.send = send
-        try:
-            await self.lifecycle.app(scope, receive, self.send_until_stop)
-        except asyncio.CancelledError:
-            if not self.is_ended_by_stop():
-                raise
-            self.task.uncancel()
-            await self.send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            self.lifecycle.event_streams.discard(self.task)
-
-    def is_ended_by_stop(self) -> bool:
-        """Whether this is an event stream that the stop has cancelled, and that still lacks its end."""
-        if self.is_complete or not self.lifecycle.is_stopping:
-            return False
-        return self.task in self.lifecycle.event_streams
-
-    async def send_until_stop(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            headers = message.get("headers", [])
-            if self.lifecycle.is_draining and self.scope["http_version"] in {"1.0", "1.1"}:
-                message["headers"] = [*headers, (b"connection", b"close")]
-            if any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers):
-                self.lifecycle.event_streams.add(self.task)
-                if self.lifecycle.is_stopping:
-                    self.task.cancel()
-        elif message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.is_complete = True
-        await self.send(message)
+    def end_with_stop(self, task: asyncio.Task[Any] | None) -> None:
+        """Cancel the task of an event stream when the server stops."""
+        if task is None:
+            return
+        self.event_streams.add(task)
+        if self.is_stopping:
+            task.cancel()
 
 
-# What every response has, and what is refused
+# Each request and its response
 
 
+PROBES = {"/livez", "/readyz"}
+TRACE_HEADERS = {b"traceparent", b"tracestate", b"baggage"}
 SAFE_HEADERS = {
     "x-content-type-options": "nosniff",
     "content-security-policy": "default-src 'self' 'unsafe-inline' data: blob:",
@@ -703,22 +526,182 @@ for header in options.get("headers", ()):  # which uvicorn adds to each response
     SAFE_HEADERS.pop(header.partition(":")[0].strip().lower(), None)
 
 
-class SafeHeaders:
-    """Adds headers that browsers obey to each response that has none of the same name."""
+def is_probe(scope: Scope) -> bool:
+    return scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) in PROBES
 
-    def __init__(self, app: ASGIApp, headers: dict[str, str]) -> None:
+
+class Envelope:
+    """The outermost middleware: continues the trace of the caller, answers probes, and makes an `Exchange` of the rest.
+
+    The headers are added to each response that has none of the same name.
+    """
+
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle, headers: dict[str, str], lines: JsonLines | None) -> None:
         self.app = app
+        self.lifecycle = lifecycle
         self.headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+        self.lines = lines
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = message.get("headers", [])
-                names = {name.lower() for name, _ in headers}
-                message["headers"] = [*headers, *(header for header in self.headers if header[0] not in names)]
-            await send(message)
+        if scope["type"] == "lifespan":
+            await self.lifecycle.start(self.app, scope, receive, send)
+            return
+        token = self.enter_trace(scope)
+        try:
+            if scope["type"] == "http":
+                await self.exchange(scope, receive, send)
+            else:
+                await self.app(scope, receive, send)
+        finally:
+            if token:
+                detach(token)
 
-        await self.app(scope, receive, send_with_headers if scope["type"] == "http" else send)
+    def enter_trace(self, scope: Scope) -> Token[Context] | None:
+        """Let the log name the span that telemetry exports, else the caller's, which becomes the current one, else none."""
+        span = trace.get_current_span().get_span_context()
+        carrier: dict[str, str] = {}
+        for name, value in scope["headers"]:
+            if name in TRACE_HEADERS:
+                key, text = name.decode(), value.decode("latin-1")
+                carrier[key] = f"{carrier[key]},{text}" if key in carrier else text
+        is_exported = span.is_valid and not span.is_remote
+        if is_exported or not (carrier or span.is_valid):
+            request_span.set(span)
+            return None
+        context = propagate.extract(carrier, trace.set_span_in_context(trace.INVALID_SPAN))
+        request_span.set(trace.get_current_span(context).get_span_context())
+        return attach(context)
+
+    async def exchange(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(self, scope, receive, send)
+        app = self.app
+        if exchange.is_probe and scope["method"] in {"GET", "HEAD"}:
+            app = self.lifecycle.probe(scope)
+        try:
+            await app(scope, exchange.receive, exchange.send)
+        except asyncio.CancelledError:
+            if not exchange.is_cut_by_stop():
+                raise
+            await exchange.end()
+        finally:
+            exchange.close()
+
+
+class Exchange:
+    """A request and its response: adds the headers that are due, and logs a line once the response is complete.
+
+    The line is JSON, made in the least time, where there is such a log, else a record of the logger `access`, with
+    OpenTelemetry's names for its fields. Probes that succeed have none; a log level above `info` leaves all out.
+    """
+
+    logger = logging.getLogger("access")
+
+    def __init__(self, envelope: Envelope, scope: Scope, receive: Receive, send: Send) -> None:
+        self.envelope = envelope
+        self.lifecycle = envelope.lifecycle
+        self.task = envelope.lifecycle.current_task()
+        self.scope = scope
+        self.client_receive = receive
+        self.client_send = send
+        self.root_path = scope.get("root_path", "")  # to which a mounted app adds its own
+        self.is_probe = is_probe(scope)
+        self.started = time.perf_counter()
+        self.has_begun = False  # the response
+        self.has_left = False  # the client, before its response
+        self.is_complete = False
+        self.is_logged = False
+        self.status = 500
+        self.size = 0  # bytes
+
+    async def receive(self) -> Message:
+        message = await self.client_receive()
+        if message["type"] == "http.disconnect" and not self.has_begun:
+            self.has_left = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.begin(message)
+        elif message["type"] == "http.response.body":
+            self.size += len(message.get("body", b""))
+            self.is_complete = not message.get("more_body", False)
+        await self.client_send(message)
+        if self.is_complete:
+            self.log()
+
+    def begin(self, message: Message) -> None:
+        self.has_begun = True
+        self.status = message["status"]
+        headers = list(message.get("headers", ()))
+        own = {name.lower(): value for name, value in headers}
+        headers += [header for header in self.envelope.headers if header[0] not in own]
+        if self.lifecycle.is_draining and self.scope["http_version"] in {"1.0", "1.1"}:
+            headers.append((b"connection", b"close"))
+        message["headers"] = headers
+        if own.get(b"content-type", b"").startswith(b"text/event-stream"):
+            self.lifecycle.end_with_stop(self.task)
+
+    def is_cut_by_stop(self) -> bool:
+        """Whether this is an event stream that the stop has cancelled, and that still lacks its end."""
+        return self.lifecycle.is_stopping and self.task in self.lifecycle.event_streams and not self.is_complete
+
+    async def end(self) -> None:
+        """Complete a response that was cut."""
+        if self.task:
+            self.task.uncancel()
+        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def close(self) -> None:
+        self.lifecycle.event_streams.discard(self.task)
+        self.log()
+
+    def log(self) -> None:
+        if self.is_logged or not self.logger.isEnabledFor(logging.INFO):
+            return
+        if self.is_probe and self.status < 400:
+            return
+        self.is_logged = True
+        scope = self.scope
+        status = 499 if self.has_left else self.status  # nginx's number for a client that has left
+        message = f"{scope['method']} {quote(scope['path'])} {status}"
+        fields = {
+            "http.request.method": scope["method"],
+            "url.scheme": scope.get("scheme", "http"),
+            "url.path": scope["path"],
+            "http.route": self.route(),
+            "http.response.status_code": status,
+            "http.response.body.size": 0 if scope["method"] == "HEAD" else self.size,
+            "http.server.request.duration": round(time.perf_counter() - self.started, 6),
+            "client.address": scope["client"][0] if scope.get("client") else None,
+        }
+        if self.envelope.lines is None:
+            self.logger.info("%s", message, extra=fields)
+            return
+        line = {"timestamp": time.time(), "level": "info", "logger": "access", "message": message}
+        self.envelope.lines.add(line | fields | trace_ids(request_span.get()))
+
+    def route(self) -> str | None:
+        """The template of the path, with the prefixes of routers and of mounted apps.
+
+        Of `/api/5/items/7`, where the route's own part is `/items/7`, it is `/api/{tenant}/items/{item_id}`.
+        """
+        route = self.scope.get("route")
+        if route is None:
+            return None
+        values = {name: str(value) for name, value in self.scope["path_params"].items()}
+        try:
+            own = route.path_format.format(**values)
+        except (KeyError, IndexError, ValueError):  # it is a mount, whose rest of a path is no parameter
+            return route.path_format
+        path = self.scope["path"].removeprefix(self.root_path)
+        if path == own or not path.endswith(own):
+            return route.path_format
+        names = {value: f"{{{name}}}" for name, value in values.items() if f"{{{name}}}" not in route.path_format}
+        prefix = [names.get(part, part) for part in path.removesuffix(own).split("/")]
+        return "/".join(prefix) + route.path_format
+
+
+# What is refused
 
 
 class Overload:
@@ -784,7 +767,10 @@ class BodyLimits(RequestBodyLimitMiddleware):
             return False
         if scope.get("http_version") not in {"1.0", "1.1"}:
             return True  # HTTP/2 does not announce it
-        return any(name in {b"content-length", b"transfer-encoding"} for name, _ in scope["headers"])
+        for name, _ in scope["headers"]:
+            if name in {b"content-length", b"transfer-encoding"}:
+                return True
+        return False
 
 
 class BodyResponder:
@@ -952,7 +938,7 @@ class Http(HttpToolsProtocol):
         if not is_websocket:
             self.reading = "body"
             self.headers = []  # for trailers: what follows a body is none of the head's fields
-            self.cycle.transport = ResponseTransport(self, self.cycle, self.transport)
+            self.cycle.transport = ResponseTransport(self, self.transport)
 
     def on_body(self, body: bytes) -> None:
         self.unfinished = 0
@@ -1092,10 +1078,9 @@ class ResponseTransport(asyncio.Transport):
     in the midst of it: bench/README.md has the figures.
     """
 
-    def __init__(self, protocol: Http, cycle: RequestResponseCycle, transport: asyncio.Transport) -> None:
+    def __init__(self, protocol: Http, transport: asyncio.Transport) -> None:
         super().__init__()
         self.protocol = protocol
-        self.cycle = cycle
         self.transport = transport
         self.pieces: list[Any] = []
 
@@ -1131,13 +1116,13 @@ class TurnByTurn:
     def __init__(self, app: Any) -> None:
         self.app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> Any:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[Any]:
         async def send_and_wait(message: Message) -> None:
             await send(message)
             if message["type"] == "http.response.body":
                 await asyncio.sleep(0)
 
-        return await self.app(scope, receive, send_and_wait)  # None, or uvicorn complains
+        return self.app(scope, receive, send_and_wait)
 
 
 # Start
@@ -1198,9 +1183,12 @@ app.add_middleware(
     BodyLimits, max_body_size=server_settings.max_body_bytes, timeout=server_settings.client_body_timeout
 )
 app.add_middleware(Overload, requests=server_settings.max_concurrency, websockets=server_settings.max_websockets)
-app.add_middleware(Lifecycle, drain_seconds=0 if is_reloading() else server_settings.drain_seconds)
-app.add_middleware(SafeHeaders, headers=SAFE_HEADERS)
-app.add_middleware(AccessLog, lines=None if options.get("log_config") else json_lines)
+app.add_middleware(
+    Envelope,
+    lifecycle=Lifecycle(0 if is_reloading() else server_settings.drain_seconds),
+    headers=SAFE_HEADERS,
+    lines=None if options.get("log_config") else json_lines,
+)
 serve_documentation_from_here(app)
 
 # Uvicorn raises SIGTERM again once it has stopped: that is no error.
