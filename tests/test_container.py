@@ -20,7 +20,7 @@ def test_container_runs_as_nobody_with_no_rights_in_a_root_that_is_read_only(ima
         command = container.python_says("print(open('/proc/1/cmdline').read().split(chr(0)))")
         with pytest.raises(AssertionError, match="Read-only file system"):
             container.python_says("open('/x', 'w')")
-    assert command == "['python', 'main.py', '']"
+    assert command == "['python', '-m', 'main', '']"
     assert status["Uid"].split() == status["Gid"].split() == ["65532"] * 4
     assert (int(status["CapEff"], 16), status["NoNewPrivs"]) == (0, "1")
 
