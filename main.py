@@ -10,7 +10,8 @@
 import signal
 import sys
 
-if __name__ == "__main__":  # the first process of a container ignores SIGTERM until a handler is set: uvicorn's is late
+# The first process of a container ignores SIGTERM until it has a handler. This one serves while the rest is imported.
+if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 from collections.abc import AsyncGenerator
@@ -20,7 +21,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
 # --- Your service: everything that you add goes here ---
-# Routes, models, middleware and exception handlers stand below `app`. What follows this part wraps all of them.
+# Routes, models, middleware and exception handlers stand below `app`. What follows this part wraps all of them, and takes
+# none of their names: it ends the start with a sentence where a name of yours is one of its own.
 
 
 class Settings(BaseModel):
@@ -32,7 +34,7 @@ class Settings(BaseModel):
     hello: str = "World"
 
 
-settings: Settings  # read below: for use inside functions; middleware that takes one is added at the end of this file
+settings: Settings  # has its values once this part is over, so that functions can use it, but no line outside of one
 
 
 @asynccontextmanager
@@ -52,7 +54,8 @@ app = FastAPI(
     title="Items",
     version="1.0.0",
     lifespan=lifespan,
-    telemetry={"exclude": lambda scope: is_probe(scope)},  # no spans of probes; a lambda, since it is defined below
+    # FastAPI exports traces where OpenTelemetry is set up: none of probes. The function is one of the container's side.
+    telemetry={"exclude": lambda scope: is_probe(scope)},
 )
 
 
@@ -65,7 +68,7 @@ class Item(BaseModel):
     q: str | None = Field(examples=["somequery"])
 
 
-@app.head("/", include_in_schema=False)
+@app.head("/", include_in_schema=False)  # which some load balancers ask for, and a GET route does not answer
 @app.get("/", summary="Say hello")
 async def read_root() -> Greeting:
     return Greeting(Hello=settings.hello)
@@ -78,47 +81,51 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 
 # --- The container's side: probes, log, limits, settings, start and stop ---
 
+YOURS = dict(globals())  # all names so far: `check_names` sees to it that what follows takes none of them
+
 import asyncio
+import collections
+import collections.abc
+import contextlib
+import contextvars
+import datetime as dt
 import io
 import logging
 import logging.config
 import os
+import pathlib
 import re
 import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from contextvars import ContextVar, Token
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
-from urllib.parse import quote, unquote
+import typing
+import urllib.parse
+from typing import Any
 
 import anyio
 import click
+import fastapi
 import httptools
+import opentelemetry.context
+import pydantic
+import pydantic_core
+import starlette.routing
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import Request, Response
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import consts
 from opentelemetry import propagate, trace
-from opentelemetry.context import Context, attach, detach
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
-from pydantic_core import to_json
+from starlette import types as asgi
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.body_limit import MAX_BODY_SIZE_SCOPE_KEY, RequestBodyLimitMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.routing import Mount, Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 from uvicorn.config import LOG_LEVELS, LOGGING_CONFIG
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-logger = logging.getLogger("service")
+container_log = logging.getLogger("service")
 IS_OURS = __name__ in {"__main__", "__mp_main__"}  # this is `python main.py` or a worker of it, not somebody's import
 
 
@@ -136,7 +143,7 @@ class JsonLines:
 
     def __init__(self) -> None:
         self.stdout = sys.__stdout__.fileno() if sys.__stdout__ else None  # also where yours replaces `sys.stdout`
-        self.lines: deque[bytes] = deque()
+        self.lines: collections.deque[bytes] = collections.deque()
         self.added = 0  # bytes, counted by who adds
         self.written = 0  # bytes, counted by the thread
         self.lost = 0  # lines, counted by who adds
@@ -197,11 +204,11 @@ class JsonLines:
                 data = data[size:]
 
     def encode(self, line: dict[str, Any]) -> bytes:
-        line["timestamp"] = datetime.fromtimestamp(line["timestamp"], UTC).isoformat(timespec="microseconds")
+        line["timestamp"] = dt.datetime.fromtimestamp(line["timestamp"], dt.UTC).isoformat(timespec="microseconds")
         try:
-            return to_json(line, fallback=repr, inf_nan_mode="strings") + b"\n"
+            return pydantic_core.to_json(line, fallback=repr, inf_nan_mode="strings") + b"\n"
         except Exception:  # noqa: BLE001 — bytes that are not UTF-8, half a character, an object that contains itself
-            return to_json({self.show(name): self.show(value) for name, value in line.items()}) + b"\n"
+            return pydantic_core.to_json({self.show(name): self.show(value) for name, value in line.items()}) + b"\n"
 
     def show(self, value: Any) -> str:
         try:
@@ -211,7 +218,10 @@ class JsonLines:
 
 
 json_lines = JsonLines() if IS_OURS and not (sys.__stdout__ and sys.__stdout__.isatty()) else None
-request_span: ContextVar[trace.SpanContext] = ContextVar("request_span", default=trace.INVALID_SPAN_CONTEXT)
+
+# The span of the request that is being served. OpenTelemetry's own is over before uvicorn logs an exception.
+request_span: contextvars.ContextVar[trace.SpanContext]
+request_span = contextvars.ContextVar("request_span", default=trace.INVALID_SPAN_CONTEXT)
 
 
 def trace_ids(span: trace.SpanContext) -> dict[str, str]:
@@ -243,7 +253,7 @@ class JsonHandler(logging.Handler):
             line["code.stacktrace"] = record.stack_info
         span = trace.get_current_span().get_span_context()
         if not span.is_valid:
-            span = request_span.get()  # since uvicorn logs an exception after the span of its request has ended
+            span = request_span.get()
         line.update(trace_ids(span))
         if json_lines:
             json_lines.add(line)
@@ -264,7 +274,7 @@ class OurErrors(logging.Filter):
 
 def log_exception_of_thread(end: threading.ExceptHookArgs) -> None:
     if end.exc_type is not SystemExit:
-        logger.critical("Uncaught exception", exc_info=end.exc_value)
+        container_log.critical("Uncaught exception", exc_info=end.exc_value)
 
 
 def configure_logging() -> None:
@@ -278,7 +288,7 @@ def configure_logging() -> None:
     LOGGING_CONFIG["handlers"]["default"]["filters"] = ["errors of ours"]
     logging.config.dictConfig(LOGGING_CONFIG)
     logging.captureWarnings(True)
-    sys.excepthook = lambda *error: logger.critical("Uncaught exception", exc_info=error)
+    sys.excepthook = lambda *error: container_log.critical("Uncaught exception", exc_info=error)
     threading.excepthook = log_exception_of_thread
     if isinstance(sys.__stdout__, io.TextIOWrapper):
         sys.__stdout__.reconfigure(line_buffering=True)  # so that `print` shows at once
@@ -291,44 +301,62 @@ if IS_OURS:
 # Settings
 
 
-def lower(value: Any) -> Any:
-    return value.lower() if isinstance(value, str) else value
-
-
-class ServerSettings(BaseModel, frozen=True):
+class ServerSettings(pydantic.BaseModel, frozen=True):
     """The container's settings, each a variable of its name in capitals, or a file that `<NAME>_FILE` names.
 
     Uvicorn's options on the command line win over its variables, `UVICORN_<OPTION>`, and these over the settings.
     """
 
-    port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one")
-    log_level: Annotated[
-        Literal["critical", "error", "warning", "info", "debug", "trace"],
-        BeforeValidator(lower),
-        Field(description="least severe level to log"),
+    port: int = pydantic.Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one")
+    log_level: typing.Annotated[
+        typing.Literal["critical", "error", "warning", "info", "debug", "trace"],
+        pydantic.BeforeValidator(str.lower),
+        pydantic.Field(description="least severe level to log"),
     ] = "info"
-    web_concurrency: int = Field(1, ge=1, description="processes that serve")
-    max_body_bytes: int = Field(1_048_576, ge=0, description="bytes of the largest request body; beyond it: 413")
-    max_concurrency: int = Field(256, ge=1, description="requests that a process serves at once; beyond it: 503")
-    max_websockets: int = Field(1024, ge=0, description="WebSockets that a process serves at once; beyond it: 503")
-    timeout_keep_alive: int = Field(75, ge=1, le=3600, description="seconds for which a connection may be idle")
-    client_header_timeout: int = Field(60, ge=1, le=3600, description="seconds for the head of a request to arrive")
-    client_body_timeout: int = Field(60, ge=1, le=3600, description="seconds between two pieces of a body; beyond: 408")
-    send_timeout: int = Field(
+    web_concurrency: int = pydantic.Field(1, ge=1, description="processes that serve")
+    max_body_bytes: int = pydantic.Field(
+        1_048_576, ge=0, description="bytes of the largest request body; beyond it: 413"
+    )
+    max_concurrency: int = pydantic.Field(
+        256, ge=1, description="requests that a process serves at once; beyond it: 503"
+    )
+    max_websockets: int = pydantic.Field(
+        1024, ge=0, description="WebSockets, with a library that you add, that a process serves at once; beyond it: 503"
+    )
+    timeout_keep_alive: int = pydantic.Field(
+        75, ge=1, le=3600, description="seconds for which a connection may be idle"
+    )
+    client_header_timeout: int = pydantic.Field(
+        60, ge=1, le=3600, description="seconds for the head of a request to arrive"
+    )
+    client_body_timeout: int = pydantic.Field(
+        60, ge=1, le=3600, description="seconds between two pieces of a body; beyond: 408"
+    )
+    send_timeout: int = pydantic.Field(
         60, ge=1, le=3600, description="seconds for which a client may take nothing of a response"
     )
-    drain_seconds: float = Field(3, ge=0, le=3600, description="seconds to serve on after SIGTERM")
-    timeout_graceful_shutdown: int = Field(5, ge=0, le=3600, description="seconds that requests then get to finish")
+    drain_seconds: float = pydantic.Field(3, ge=0, le=3600, description="seconds to serve on after SIGTERM")
+    timeout_graceful_shutdown: int = pydantic.Field(
+        5, ge=0, le=3600, description="seconds that requests then get to finish"
+    )
 
 
 class SettingError(ValueError):
     """A setting that does not hold, in one sentence that names its variable."""
 
 
-Model = TypeVar("Model", bound=BaseModel)
+def refuse_start(error: Exception) -> typing.NoReturn:
+    """Say in a sentence why this service does not start. Where something else imports this file, that is an exception."""
+    if not IS_OURS:
+        raise error
+    container_log.critical(error.format_message() if isinstance(error, click.ClickException) else str(error))
+    sys.exit(1)
 
 
-def read_environment(model: type[Model], shows_values: bool) -> Model:
+SettingsModel = typing.TypeVar("SettingsModel", bound=pydantic.BaseModel)
+
+
+def read_environment(model: type[SettingsModel], shows_values: bool) -> SettingsModel:
     """Read the settings that a model names; an empty variable counts as unset.
 
     Raises `SettingError` for what does not hold, with its value if `shows_values`: that of yours may be a secret.
@@ -349,7 +377,7 @@ def read_environment(model: type[Model], shows_values: bool) -> Model:
             values[name] = value
     try:
         return model.model_validate(values, by_alias=False, by_name=True)
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         problems = []
         for problem in error.errors():
             name = str(problem["loc"][0]) if problem["loc"] else ""
@@ -359,9 +387,12 @@ def read_environment(model: type[Model], shows_values: bool) -> Model:
 
 def read_setting_file(variable: str, file: str) -> str:
     try:
-        return Path(file).read_text().rstrip("\r\n")
+        return pathlib.Path(file).read_text().rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingError(f"{variable}_FILE={file}: {error}") from None
+
+
+SETTLED = {"app", "app_dir", "factory", "env_file"}  # options of uvicorn: what is served, and where settings come from
 
 
 def read_options() -> dict[str, Any]:
@@ -373,12 +404,12 @@ def read_options() -> dict[str, Any]:
         return {}
     command = click.Command(
         "main.py",
-        params=[option for option in uvicorn.main.params if option.name not in {"app", "app_dir", "factory"}],
+        params=[option for option in uvicorn.main.params if option.name not in SETTLED],
         help="Serve with uvicorn. Each option is a variable, too: UVICORN_<OPTION>.",
     )
     only = "Run the steps before starting, and end."
     command.params.append(click.Option(["--prestart"], is_flag=True, allow_from_autoenv=False, help=only))
-    defaults = {
+    defaults = {  # the host is uvicorn's, 127.0.0.1; the image sets UVICORN_HOST
         "port": server_settings.port,
         "log_level": server_settings.log_level,
         "workers": server_settings.web_concurrency,
@@ -392,7 +423,7 @@ def read_options() -> dict[str, Any]:
             raise click.BadParameter(f"{header!r} is not NAME:VALUE", param_hint="--header")
     for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
         file = context.params[name]
-        if file and not Path(file).is_file():
+        if file and not pathlib.Path(file).is_file():
             raise click.BadParameter(f"there is no file {file!r}", param_hint=f"--{name.replace('_', '-')}")
     return context.params
 
@@ -400,14 +431,11 @@ def read_options() -> dict[str, Any]:
 try:
     settings = read_environment(Settings, shows_values=False)
     server_settings = read_environment(ServerSettings, shows_values=True)
-    options = read_options()
+    uvicorn_options = read_options()
 except click.exceptions.Exit as end:  # after --help and --version
     sys.exit(end.exit_code)
 except (SettingError, click.ClickException) as error:
-    if not IS_OURS:
-        raise
-    logger.critical(error.format_message() if isinstance(error, click.ClickException) else str(error))
-    sys.exit(1)
+    refuse_start(error)
 
 
 # Start and stop
@@ -415,7 +443,7 @@ except (SettingError, click.ClickException) as error:
 
 def is_reloading() -> bool:
     """Whether an edit restarts this process: it should do so at once then."""
-    return options.get("reload", not {"dev", "--reload"}.isdisjoint(sys.argv))
+    return uvicorn_options.get("reload", not {"dev", "--reload"}.isdisjoint(sys.argv))
 
 
 class Lifecycle:
@@ -423,7 +451,7 @@ class Lifecycle:
 
     `/readyz` is 200 from the end of start-up until SIGTERM. Then requests are served for `drain_seconds` more, while load
     balancers look elsewhere: each response closes its connection. After that the server stops as it does by itself; event
-    streams, which would not end, are ended. A second SIGTERM skips the rest of the drain.
+    streams, which would not end, are ended. With one process, a second SIGTERM skips the rest of the drain.
     """
 
     def __init__(self, drain_seconds: float) -> None:
@@ -432,15 +460,15 @@ class Lifecycle:
         self.is_draining = False
         self.is_stopping = False
         self.loop: asyncio.AbstractEventLoop | None = None  # of a server whose stop waits for the drain
-        self.stop_server: Callable[[], object] = lambda: None
+        self.stop_server: collections.abc.Callable[[], object] = lambda: None
         self.event_streams: set[asyncio.Task[Any]] = set()
 
-    def probe(self, scope: Scope) -> Response:
+    def probe(self, scope: asgi.Scope) -> Response:
         is_ready = not (self.is_starting or self.is_draining)
         status = 200 if is_ready or scope["path"].endswith("/livez") else 503
         return Response(status_code=status, headers={"Cache-Control": "no-store"})
 
-    async def start(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    async def start(self, app: asgi.ASGIApp, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
         """Let the app start, with the drain before what the server does on SIGTERM.
 
         The server has put its own handler by then. Yours, which `lifespan` may put, can call ours as the one before it.
@@ -454,11 +482,13 @@ class Lifecycle:
             if sys.platform != "win32":
                 os.register_at_fork(after_in_child=self.leave_fork)
 
-        async def send_when_started(message: Message) -> None:
+        async def send_when_started(message: asgi.Message) -> None:
             if message["type"] == "lifespan.startup.complete":
                 self.is_starting = False
                 if has_signals:
-                    with suppress(RuntimeError):  # of a loop that is not asyncio's or one like it: there is no drain
+                    with contextlib.suppress(
+                        RuntimeError
+                    ):  # of a loop that is not asyncio's or one like it: there is no drain
                         self.loop = asyncio.get_running_loop()
             await send(message)
 
@@ -488,7 +518,7 @@ class Lifecycle:
             self.stop()
             return
         self.is_draining = True
-        logger.info("Shutting down in %g s", self.drain_seconds)
+        container_log.info("Shutting down in %g s", self.drain_seconds)
         self.loop.call_later(self.drain_seconds, self.stop)
 
     def stop(self) -> None:
@@ -501,7 +531,7 @@ class Lifecycle:
         self.stop_server()
 
     def current_task(self) -> asyncio.Task[Any] | None:
-        """The task of this request, which the stop may have to end; none where the server's stop is its own matter."""
+        """The task that serves the current request; none under a server whose stop does not wait for the drain."""
         return asyncio.current_task() if self.loop else None
 
     def end_with_stop(self, task: asyncio.Task[Any] | None) -> None:
@@ -522,73 +552,81 @@ SAFE_HEADERS = {
     "x-content-type-options": "nosniff",
     "content-security-policy": "default-src 'self' 'unsafe-inline' data: blob:",
 }
-for header in options.get("headers", ()):  # which uvicorn adds to each response
-    SAFE_HEADERS.pop(header.partition(":")[0].strip().lower(), None)
+UVICORNS_HEADERS = {header.partition(":")[0].strip().lower() for header in uvicorn_options.get("headers", ())}
+SAFE_HEADERS = {name: value for name, value in SAFE_HEADERS.items() if name not in UVICORNS_HEADERS}
 
 
-def is_probe(scope: Scope) -> bool:
+def is_probe(scope: asgi.Scope) -> bool:
     return scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) in PROBES
 
 
 class Envelope:
-    """The outermost middleware: continues the trace of the caller, answers probes, and makes an `Exchange` of the rest.
+    """The outermost middleware: continues the trace of the caller, answers probes, and has an `EnvelopeResponder` do the rest.
 
     The headers are added to each response that has none of the same name.
     """
 
-    def __init__(self, app: ASGIApp, lifecycle: Lifecycle, headers: dict[str, str], lines: JsonLines | None) -> None:
+    def __init__(
+        self, app: asgi.ASGIApp, lifecycle: Lifecycle, headers: dict[str, str], lines: JsonLines | None
+    ) -> None:
         self.app = app
         self.lifecycle = lifecycle
         self.headers = [(name.encode(), value.encode()) for name, value in headers.items()]
         self.lines = lines
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
         if scope["type"] == "lifespan":
             await self.lifecycle.start(self.app, scope, receive, send)
             return
         token = self.enter_trace(scope)
         try:
             if scope["type"] == "http":
-                await self.exchange(scope, receive, send)
+                await self.respond(scope, receive, send)
             else:
                 await self.app(scope, receive, send)
         finally:
             if token:
-                detach(token)
+                opentelemetry.context.detach(token)
 
-    def enter_trace(self, scope: Scope) -> Token[Context] | None:
-        """Let the log name the span that telemetry exports, else the caller's, which becomes the current one, else none."""
+    def enter_trace(self, scope: asgi.Scope) -> contextvars.Token[opentelemetry.context.Context] | None:
+        """Let the log name the request's span: the one that FastAPI exports, else the caller's, which becomes current.
+
+        Returns what leaves the caller's span again.
+        """
         span = trace.get_current_span().get_span_context()
-        carrier: dict[str, str] = {}
+        if span.is_valid and not span.is_remote:
+            request_span.set(span)
+            return None
+        headers: dict[str, str] = {}
         for name, value in scope["headers"]:
             if name in TRACE_HEADERS:
                 key, text = name.decode(), value.decode("latin-1")
-                carrier[key] = f"{carrier[key]},{text}" if key in carrier else text
-        is_exported = span.is_valid and not span.is_remote
-        if is_exported or not (carrier or span.is_valid):
-            request_span.set(span)
+                headers[key] = f"{headers[key]},{text}" if key in headers else text
+        if not headers and not span.is_valid:
+            request_span.set(trace.INVALID_SPAN_CONTEXT)
             return None
-        context = propagate.extract(carrier, trace.set_span_in_context(trace.INVALID_SPAN))
+        # A remote span that is current already is of the request before, which came with this one on its connection.
+        context = propagate.extract(headers, trace.set_span_in_context(trace.INVALID_SPAN))
         request_span.set(trace.get_current_span(context).get_span_context())
-        return attach(context)
+        return opentelemetry.context.attach(context)
 
-    async def exchange(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(self, scope, receive, send)
+    async def respond(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
+        responder = EnvelopeResponder(self, scope, receive, send)
         app = self.app
-        if exchange.is_probe and scope["method"] in {"GET", "HEAD"}:
+        if responder.is_probe and scope["method"] in {"GET", "HEAD"}:
             app = self.lifecycle.probe(scope)
         try:
-            await app(scope, exchange.receive, exchange.send)
+            await app(scope, responder.receive, responder.send)
         except asyncio.CancelledError:
-            if not exchange.is_cut_by_stop():
+            if not responder.is_cut_by_stop():
                 raise
-            await exchange.end()
+            await responder.end()
         finally:
-            exchange.close()
+            responder.close()
 
 
-class Exchange:
-    """A request and its response: adds the headers that are due, and logs a line once the response is complete.
+class EnvelopeResponder:
+    """One request and its response: adds the headers that are due, and logs a line once the response is complete.
 
     The line is JSON, made in the least time, where there is such a log, else a record of the logger `access`, with
     OpenTelemetry's names for its fields. Probes that succeed have none; a log level above `info` leaves all out.
@@ -596,7 +634,7 @@ class Exchange:
 
     logger = logging.getLogger("access")
 
-    def __init__(self, envelope: Envelope, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, envelope: Envelope, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
         self.envelope = envelope
         self.lifecycle = envelope.lifecycle
         self.task = envelope.lifecycle.current_task()
@@ -613,13 +651,13 @@ class Exchange:
         self.status = 500
         self.size = 0  # bytes
 
-    async def receive(self) -> Message:
+    async def receive(self) -> asgi.Message:
         message = await self.client_receive()
         if message["type"] == "http.disconnect" and not self.has_begun:
             self.has_left = True
         return message
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: asgi.Message) -> None:
         if message["type"] == "http.response.start":
             self.begin(message)
         elif message["type"] == "http.response.body":
@@ -629,7 +667,7 @@ class Exchange:
         if self.is_complete:
             self.log()
 
-    def begin(self, message: Message) -> None:
+    def begin(self, message: asgi.Message) -> None:
         self.has_begun = True
         self.status = message["status"]
         headers = list(message.get("headers", ()))
@@ -663,7 +701,7 @@ class Exchange:
         self.is_logged = True
         scope = self.scope
         status = 499 if self.has_left else self.status  # nginx's number for a client that has left
-        message = f"{scope['method']} {quote(scope['path'])} {status}"
+        message = f"{scope['method']} {urllib.parse.quote(scope['path'])} {status}"
         fields = {
             "http.request.method": scope["method"],
             "url.scheme": scope.get("scheme", "http"),
@@ -696,9 +734,10 @@ class Exchange:
         path = self.scope["path"].removeprefix(self.root_path)
         if path == own or not path.endswith(own):
             return route.path_format
+        # The rest of the path is of routers and mounted apps. It has values where the template has names.
         names = {value: f"{{{name}}}" for name, value in values.items() if f"{{{name}}}" not in route.path_format}
-        prefix = [names.get(part, part) for part in path.removesuffix(own).split("/")]
-        return "/".join(prefix) + route.path_format
+        prefix = "/".join(names.get(part, part) for part in path.removesuffix(own).split("/"))
+        return prefix + route.path_format
 
 
 # What is refused
@@ -707,12 +746,12 @@ class Exchange:
 class Overload:
     """Answers 503 with `Retry-After` to what exceeds a number of requests, and one of WebSockets, served at once."""
 
-    def __init__(self, app: ASGIApp, requests: int, websockets: int) -> None:
+    def __init__(self, app: asgi.ASGIApp, requests: int, websockets: int) -> None:
         self.app = app
         self.limits = {"http": requests, "websocket": websockets}
         self.running = {"http": 0, "websocket": 0}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
         kind = scope["type"]
         if kind not in self.limits:
             await self.app(scope, receive, send)
@@ -735,11 +774,11 @@ class BodyLimits(RequestBodyLimitMiddleware):
     refusal closes the connection. A request without a body costs nothing here.
     """
 
-    def __init__(self, app: ASGIApp, max_body_size: int, timeout: float) -> None:
+    def __init__(self, app: asgi.ASGIApp, max_body_size: int, timeout: float) -> None:
         super().__init__(app, max_body_size)
         self.timeout = timeout
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
         if not self.has_body(scope):
             await self.app(scope, receive, send)
             return
@@ -762,7 +801,7 @@ class BodyLimits(RequestBodyLimitMiddleware):
             error = error.exceptions[0]
         return error if isinstance(error, StarletteHTTPException) and error.status_code in {408, 413} else None
 
-    def has_body(self, scope: Scope) -> bool:
+    def has_body(self, scope: asgi.Scope) -> bool:
         if scope["type"] != "http":
             return False
         if scope.get("http_version") not in {"1.0", "1.1"}:
@@ -776,7 +815,7 @@ class BodyLimits(RequestBodyLimitMiddleware):
 class BodyResponder:
     """The body of one request, and what its response has to do with it."""
 
-    def __init__(self, timeout: float, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, timeout: float, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
         self.timeout = timeout
         self.scope = scope
         self.receive = receive
@@ -785,7 +824,7 @@ class BodyResponder:
         self.is_late = False
         self.has_response = False
 
-    async def receive_in_time(self) -> Message:
+    async def receive_in_time(self) -> asgi.Message:
         if self.is_whole:  # what comes next is the end of the client, whenever that is
             return await self.receive()
         with anyio.move_on_after(self.timeout):
@@ -794,12 +833,12 @@ class BodyResponder:
             return message
         self.is_late = True
         if not self.has_response:
-            raise HTTPException(408)
+            raise fastapi.HTTPException(408)
         address = self.scope["client"][0] if self.scope.get("client") else None
-        logger.warning("The body of a request did not end in time.", extra={"client.address": address})
+        container_log.warning("The body of a request did not end in time.", extra={"client.address": address})
         return {"type": "http.disconnect"}
 
-    async def send_and_close(self, message: Message) -> None:
+    async def send_and_close(self, message: asgi.Message) -> None:
         if message["type"] == "http.response.start":
             self.has_response = True
             is_refusal = self.is_late or message["status"] in {408, 413}
@@ -820,14 +859,16 @@ async def http_exception_with_cause(request: Request, error: Exception) -> Respo
     """FastAPI's answer; a refusal by the system that is behind it, such as a full `/tmp`, is logged."""
     assert isinstance(error, StarletteHTTPException)
     if isinstance(error.__cause__, OSError):
-        logger.error("%s %s: %s", request.method, quote(request.url.path), error.detail, exc_info=error.__cause__)
+        container_log.error(
+            "%s %s: %s", request.method, urllib.parse.quote(request.url.path), error.detail, exc_info=error.__cause__
+        )
     return await http_exception_handler(request, error)
 
 
 # Documentation pages without internet
 
 
-def serve_documentation_from_here(app: FastAPI, assets: str = "/static-offline-docs") -> None:
+def serve_documentation_from_here(app: fastapi.FastAPI, assets: str = "/static-offline-docs") -> None:
     """Let FastAPI's pages load their scripts, styles and icon from this host, below `assets`, instead of from others.
 
     The same holds for the pages of each FastAPI that is mounted in it.
@@ -839,7 +880,9 @@ def serve_documentation_from_here(app: FastAPI, assets: str = "/static-offline-d
         consts.FAVICON: "favicon.png",
     }
 
-    def from_here(page: Callable[[Request], Awaitable[HTMLResponse]]) -> Callable[[Request], Awaitable[HTMLResponse]]:
+    def from_here(
+        page: collections.abc.Callable[[Request], collections.abc.Awaitable[HTMLResponse]],
+    ) -> collections.abc.Callable[[Request], collections.abc.Awaitable[HTMLResponse]]:
         async def respond(request: Request) -> HTMLResponse:
             html = bytes((await page(request)).body).decode()
             for url, file in files.items():
@@ -850,12 +893,14 @@ def serve_documentation_from_here(app: FastAPI, assets: str = "/static-offline-d
 
     pages = {app.docs_url, app.redoc_url} - {None}
     for index, route in enumerate(app.routes):
-        if isinstance(route, Mount) and isinstance(route.app, FastAPI):
+        if isinstance(route, starlette.routing.Mount) and isinstance(route.app, fastapi.FastAPI):
             serve_documentation_from_here(route.app, assets)
-        elif isinstance(route, Route) and route.path in pages:
-            app.routes[index] = Route(route.path, from_here(route.endpoint), include_in_schema=False)
+        elif isinstance(route, starlette.routing.Route) and route.path in pages:
+            app.routes[index] = starlette.routing.Route(route.path, from_here(route.endpoint), include_in_schema=False)
     if app.openapi_url and pages:
-        app.routes.insert(0, Mount(assets, StaticFiles(packages=[("fastapi_offline", "static")]), name="assets"))
+        app.routes.insert(
+            0, starlette.routing.Mount(assets, StaticFiles(packages=[("fastapi_offline", "static")]), name="assets")
+        )
 
 
 # The protocol's limits
@@ -880,7 +925,7 @@ class Http(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.app = TurnByTurn(self.app)
-        self.reading: Literal["nothing", "head", "body"] = "nothing"  # of a request
+        self.reading: typing.Literal["nothing", "head", "body"] = "nothing"  # of a request
         self.unfinished = 0  # bytes, since the parser last had something whole
         self.is_refused = False  # nothing more is read; the connection ends after the responses that are still due
         self.is_lingering = False  # nothing more is read; the connection ends when the client has ended, or in time
@@ -928,12 +973,12 @@ class Http(HttpToolsProtocol):
             raise ValueError(f"{len(self.headers)} header fields")
         if len(self.pipeline) >= MAX_PIPELINE:
             raise ValueError("too many requests before their answers")
-        unquote(self.url.decode("ascii"), errors="strict")  # raises a ValueError, too
+        urllib.parse.unquote(self.url.decode("ascii"), errors="strict")  # raises a ValueError, too
         self._unset_keepalive_if_required()
         self.unfinished = 0
         is_websocket = self._should_upgrade()
         if self.parser.should_upgrade() and not is_websocket:
-            return  # `upgrade` feeds this head again, without the field that asks for another protocol
+            return  # the parser stops here, and `upgrade` is called
         super().on_headers_complete()
         if not is_websocket:
             self.reading = "body"
@@ -946,7 +991,7 @@ class Http(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
-            return  # the head that `upgrade` gets has had no end yet
+            return  # `upgrade` is called, and this was the end of the head alone
         self.unfinished = 0
         self.reading = "nothing"
         super().on_message_complete()
@@ -984,27 +1029,32 @@ class Http(HttpToolsProtocol):
         return self.cycle is None or self.cycle.response_complete
 
     def refuse(self, message: str, cause: BaseException | None = None) -> None:
-        """End the connection with a 400 for what is being read, unless that would be a second response to it.
+        """Answer what is being read with a 400, unless that would be a second response to it, and end the connection.
 
-        Responses to requests before it come first; then only the end follows, as what is next to them is not clear.
+        While responses to earlier requests are due, these come, and then the end alone, by `on_response_complete`.
         """
         self.is_refused = True
         self.warn(message, cause)
         self.flush()
-        is_body = self.reading == "body"
-        if is_body and self.pipeline:
-            self.pipeline.popleft()  # its own request waits there, the newest
-            return
-        if not is_body and not self.has_answered():
-            return
-        if is_body:
-            self.disconnect()
-        if not (is_body and self.cycle.response_started):
+        if self.reading == "body":
+            self.refuse_body(message)
+        elif self.has_answered():
             self.write_400(message)
-        if not is_body and isinstance(cause, httptools.HttpParserError):
-            self.transport.close()  # as nginx does, since it is no HTTP
-        else:
-            self.linger()
+            if isinstance(cause, httptools.HttpParserError):
+                self.transport.close()  # as nginx does, since it is no HTTP
+            else:
+                self.linger()
+
+    def refuse_body(self, message: str) -> None:
+        if (
+            self.pipeline
+        ):  # its request waits for earlier ones; uvicorn has put it to the left, and serves from the right
+            self.pipeline.popleft()
+            return
+        self.disconnect()
+        if not self.cycle.response_started:
+            self.write_400(message)
+        self.linger()
 
     def disconnect(self) -> None:
         """Tell the app that the client of the newest request is gone, since it gets nothing more of it."""
@@ -1072,10 +1122,10 @@ class Http(HttpToolsProtocol):
 
 
 class ResponseTransport(asyncio.Transport):
-    """What a response is written to: what a turn of the event loop brings of it leaves at the end of the turn, at once.
+    """What a response is written to: it keeps the pieces until the turn of the event loop ends, and then sends them at once.
 
-    So a head and its body are one packet, and the clients of many connections are woken after the work of the turn, not
-    in the midst of it: bench/README.md has the figures.
+    So a head and its body are one packet, and clients are woken after the work of the turn, not in the midst of it:
+    bench/README.md has the figures. `TurnByTurn` makes a turn end after each piece of a body.
     """
 
     def __init__(self, protocol: Http, transport: asyncio.Transport) -> None:
@@ -1108,16 +1158,17 @@ class ResponseTransport(asyncio.Transport):
 
 
 class TurnByTurn:
-    """Goes on, after each piece of a response, with the next turn of the event loop, when the piece has left.
+    """Lets the turn of the event loop end after each piece of a body, and the app go on in the next one.
 
-    So nothing holds it back, such as a background task that blocks, or a stream that works long for its next piece.
+    Else a background task that blocks, or a stream that works long for its next piece, would hold a piece back, since
+    `ResponseTransport` sends it at the end of the turn.
     """
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[Any]:
-        async def send_and_wait(message: Message) -> None:
+    def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> collections.abc.Awaitable[Any]:
+        async def send_and_wait(message: asgi.Message) -> None:
             await send(message)
             if message["type"] == "http.response.body":
                 await asyncio.sleep(0)
@@ -1134,7 +1185,7 @@ def check_memory(workers: int) -> None:
     need = 40 * processes
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroup v2, v1
         try:
-            limit = int(Path(file).read_text()) // 1_000_000
+            limit = int(pathlib.Path(file).read_text()) // 1_000_000
         except (OSError, ValueError):  # it is the other version; there is no limit, "max"
             continue
         if need > limit:
@@ -1144,33 +1195,47 @@ def check_memory(workers: int) -> None:
 def run_prestart() -> None:
     """The steps before starting: that the memory limit holds the workers, then yours."""
     try:
-        check_memory(options["workers"])
+        check_memory(uvicorn_options["workers"])
     except SettingError as error:
-        logger.critical(str(error))
-        sys.exit(1)
+        refuse_start(error)
     prestart()
 
 
 def main() -> None:
     """Run the steps before starting, or serve with uvicorn, with JSON on stdout and the protocol's limits."""
-    if options.pop("prestart"):
+    if uvicorn_options.pop("prestart"):
         run_prestart()
         return
-    if options["http"] in {"auto", "httptools"}:
-        options["http"] = "__main__:Http"  # by name, since workers import it
+    if uvicorn_options["http"] in {"auto", "httptools"}:
+        uvicorn_options["http"] = (
+            "__main__:Http"  # by name, since workers import it: in them, too, this file is `__main__`
+        )
     else:
-        logger.warning("--http %s: no limit to the head of a request, in bytes, fields or time", options["http"])
-    if not options["access_log"]:
+        container_log.warning(
+            "--http %s: no limit to the head of a request, in bytes, fields or time", uvicorn_options["http"]
+        )
+    if not uvicorn_options["access_log"]:
         LOGGING_CONFIG["loggers"]["access"] = {"level": "CRITICAL"}
-    options["access_log"] = False  # uvicorn's own lines, which AccessLog takes the place of
-    LOGGING_CONFIG["root"]["level"] = LOG_LEVELS[options["log_level"]]
-    if options["host"] == "::" and options["workers"] == 1 and not options["reload"]:
-        options["host"] = None  # IPv4, too, as with workers: one process alone would get IPv6 only
-    click.Context(uvicorn.main).invoke(uvicorn.main, app="__main__:app", app_dir=None, **options)
+    uvicorn_options["access_log"] = False  # uvicorn's own lines: those of EnvelopeResponder take their place
+    LOGGING_CONFIG["root"]["level"] = LOG_LEVELS[uvicorn_options["log_level"]]
+    if uvicorn_options["host"] == "::" and uvicorn_options["workers"] == 1 and not uvicorn_options["reload"]:
+        uvicorn_options["host"] = None  # IPv4, too, as with workers: one process alone would get IPv6 only
+    click.Context(uvicorn.main).invoke(uvicorn.main, app="__main__:app", app_dir=None, **uvicorn_options)
 
 
 # What makes the app of it all
 
+
+def check_names() -> None:
+    """Refuse to start where the container's side has taken a name of your part, since what you have named would be lost."""
+    taken = [name for name, value in YOURS.items() if globals()[name] is not value]
+    if taken:
+        refuse_start(
+            NameError(f"main.py: the container's side has names of its own that are yours, too: {', '.join(taken)}")
+        )
+
+
+check_names()
 
 if Exception not in app.exception_handlers and 500 not in app.exception_handlers:
     app.add_exception_handler(Exception, internal_server_error)
@@ -1187,12 +1252,12 @@ app.add_middleware(
     Envelope,
     lifecycle=Lifecycle(0 if is_reloading() else server_settings.drain_seconds),
     headers=SAFE_HEADERS,
-    lines=None if options.get("log_config") else json_lines,
+    lines=None if uvicorn_options.get("log_config") else json_lines,
 )
 serve_documentation_from_here(app)
 
-# Uvicorn raises SIGTERM again once it has stopped: that is no error.
-if IS_OURS and not options["prestart"]:
+# Uvicorn raises SIGTERM again once it has stopped: that is no error, as there is none in a SIGTERM before it starts.
+if IS_OURS and not uvicorn_options["prestart"]:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 if __name__ == "__main__":
     main()

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, Field
@@ -14,12 +14,10 @@ class Settings(BaseModel):
     hello: str = Field("World", description="whom `GET /` says hello to")
 
 
-settings = Settings()  # until main.py reads it from the environment, further down
+if TYPE_CHECKING:  # main.py defines these further down
+    settings = Settings()
 
-
-def is_probe(scope: Any) -> bool:
-    """Whether a request asks for a probe; main.py says so, further down."""
-    raise NotImplementedError
+    def is_probe(scope: Any) -> bool: ...
 
 
 @asynccontextmanager

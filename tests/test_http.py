@@ -109,7 +109,7 @@ async def read_made() -> int:
     return made
 
 async def block(file: str) -> None:
-    while not Path(file).exists():
+    while not os.path.exists(file):
         time.sleep(0.01)
 
 @app.api_route("/blocks-afterwards", methods=["GET", "HEAD"])

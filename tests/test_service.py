@@ -404,3 +404,40 @@ def test_pages_of_a_mounted_app_load_from_here(variant, arguments):
         (script,) = re.findall(r'<script src="([^"]*)"', page)
         assert script.startswith(f"{prefix}/v2/static-offline-docs/")
         assert httpx.get(process.url + script.removeprefix(prefix)).status_code == 200
+
+
+NAMES = """
+import datetime
+from typing import Annotated, Callable
+from fastapi import APIRouter, Path
+from starlette.exceptions import HTTPException
+
+logger = logging.getLogger("shop")
+options = Scope = 7
+
+class Token(BaseModel):
+    access_token: str
+
+class Message(Token):
+    pass
+
+def quote(number: Annotated[int, Path()], call: Callable[[int], int] = abs) -> int:
+    return call(number)
+
+@app.get("/names")
+async def names() -> list[str]:
+    return [logger.name, str(options), Message(access_token="a").access_token, f"{datetime.timedelta(1)}", str(quote(-1))]
+"""
+
+
+def test_names_of_a_service_stay_what_it_has_made_them(variant):
+    with Process(source=variant("import logging" + NAMES)) as process:
+        assert httpx.get(process.url + "/names").json() == ["shop", "7", "a", "1 day, 0:00:00", "1"]
+
+
+@pytest.mark.parametrize("name", ["Lifecycle", "json_lines", "main"])
+def test_name_that_the_containers_side_has_taken_is_told_and_ends_the_start(variant, name):
+    process = Process(source=variant(f"{name} = 0"))
+    assert process.end() == 1
+    (line,) = process.lines
+    assert line["message"] == f"main.py: the container's side has names of its own that are yours, too: {name}"

@@ -14,7 +14,7 @@ LONGEST = 5  # seconds that a request may take while a node is frozen
 def killed(copy: Copy, pod: str, node: str) -> None:
     """As the kernel would, from outside of the pod: in it the service is process 1, which nothing kills."""
     ours = f"grep -qz HOSTNAME={pod} /proc/$id/environ"
-    on_node(node, f"for id in $(pgrep -f main.py); do if {ours}; then kill -9 $id; fi; done")
+    on_node(node, f"for id in $(pgrep -f 'python -m main'); do if {ours}; then kill -9 $id; fi; done")
 
 
 def out_of_memory(copy: Copy, pod: str, _: str) -> None:
