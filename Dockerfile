@@ -47,16 +47,16 @@ EOF
 RUN ! grep --quiet $'\r' /tmp/sitecustomize.py || { echo "The Dockerfile has CRLF line ends: with \
 \`* text=auto eol=lf\` in .gitattributes, \`git rm --cached -r . && git reset --hard\` brings LF." >&2; exit 1; }
 
-# Leave out what needs a display, an IDE or pip, tests of the interpreter, twins in Python of modules in C, and of the
-# profiler, which came with 3.15, its screen, its heat map and its large logo. Of the packages only those of our own lock are
-# touched, by name: symbols of extensions and what a compiler, a type checker or an assistant reads go; certifi's list of
-# authorities is the system's; and Redoc shows an empty picture for its maker's logo, which is on another host: the
+# Leave out what needs a display, a terminal, an IDE or pip, tests of the interpreter, twins in Python of modules in C, and
+# of the profiler, which came with 3.15, its screen, its heat map and its large logo. Of the packages only those of our own
+# lock are touched, by name: symbols of extensions and what a compiler, a type checker or an assistant reads go; certifi's
+# list of authorities is the system's; and Redoc shows an empty picture for its maker's logo, which is on another host: the
 # page's policy blocks that, as an error. A name that is not there any more fails the build.
 # hadolint ignore=DL3003,SC2164
 RUN <<EOF
 cd /usr/local/lib/python3.??
-rm -r config-* ensurepip idlelib pydoc_data tkinter turtle* venv _pydatetime.py _pydecimal.py _pyio.py
-rm -r lib-dynload/{*_test*,*xx*,_tkinter*} site-packages/{pip,pip-*} /usr/local/bin/{idle,pip,pydoc,python*-config}*
+rm -r config-* curses ensurepip idlelib pydoc_data tkinter turtle* venv _pydatetime.py _pydecimal.py _pyio.py
+rm -r lib-dynload/{*_test*,*xx*,_curses*,_tkinter*} site-packages/{pip,pip-*} /usr/local/bin/{idle,pip,pydoc,python*-config}*
 if [ -d profiling ]; then
     rm -r profiling/sampling/{live_collector,_heatmap_assets}
     mv profiling/sampling/_assets/{python-logo-only,tachyon-logo}.png
