@@ -10,7 +10,7 @@
 import signal
 import sys
 
-# The first process of a container ignores SIGTERM until it has a handler. This one serves while the rest is imported.
+# The first process of a container ignores SIGTERM until it has a handler. This handler is for the time of the imports.
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
@@ -21,8 +21,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
 # --- Your service: everything that you add goes here ---
-# Routes, models, middleware and exception handlers stand below `app`. What follows this part wraps all of them, and takes
-# none of their names: it ends the start with a sentence where a name of yours is one of its own.
+# Routes, models, middleware and exception handlers stand below `app`. What follows this part wraps all of them. If you
+# define a name that it also defines, the service refuses to start and says which.
 
 
 class Settings(BaseModel):
@@ -34,7 +34,8 @@ class Settings(BaseModel):
     hello: str = "World"
 
 
-settings: Settings  # has its values once this part is over, so that functions can use it, but no line outside of one
+# Set after this part: use it inside functions. A middleware that takes a setting is added at the end of this file.
+settings: Settings
 
 
 @asynccontextmanager
@@ -54,7 +55,7 @@ app = FastAPI(
     title="Items",
     version="1.0.0",
     lifespan=lifespan,
-    # FastAPI exports traces where OpenTelemetry is set up: none of probes. The function is one of the container's side.
+    # Where OpenTelemetry is set up, FastAPI exports traces, but not of probes. `is_probe` is further down, hence the lambda.
     telemetry={"exclude": lambda scope: is_probe(scope)},
 )
 
@@ -392,7 +393,7 @@ def read_setting_file(variable: str, file: str) -> str:
         raise SettingError(f"{variable}_FILE={file}: {error}") from None
 
 
-SETTLED = {"app", "app_dir", "factory", "env_file"}  # options of uvicorn: what is served, and where settings come from
+HIDDEN_OPTIONS = {"app", "app_dir", "factory", "env_file"}  # of uvicorn, since this file decides what they say
 
 
 def read_options() -> dict[str, Any]:
@@ -404,7 +405,7 @@ def read_options() -> dict[str, Any]:
         return {}
     command = click.Command(
         "main.py",
-        params=[option for option in uvicorn.main.params if option.name not in SETTLED],
+        params=[option for option in uvicorn.main.params if option.name not in HIDDEN_OPTIONS],
         help="Serve with uvicorn. Each option is a variable, too: UVICORN_<OPTION>.",
     )
     only = "Run the steps before starting, and end."
@@ -459,7 +460,9 @@ class Lifecycle:
         self.is_starting = False
         self.is_draining = False
         self.is_stopping = False
-        self.loop: asyncio.AbstractEventLoop | None = None  # of a server whose stop waits for the drain
+        self.loop: asyncio.AbstractEventLoop | None = (
+            None  # once started, where SIGTERM is ours: else there is no drain
+        )
         self.stop_server: collections.abc.Callable[[], object] = lambda: None
         self.event_streams: set[asyncio.Task[Any]] = set()
 
@@ -469,9 +472,9 @@ class Lifecycle:
         return Response(status_code=status, headers={"Cache-Control": "no-store"})
 
     async def start(self, app: asgi.ASGIApp, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
-        """Let the app start, with the drain before what the server does on SIGTERM.
+        """Run the app's lifespan, with `on_sigterm` in the place of the server's handler, which it calls after the drain.
 
-        The server has put its own handler by then. Yours, which `lifespan` may put, can call ours as the one before it.
+        A handler that your `lifespan` sets finds it by `signal.getsignal`, and can call it.
         """
         self.is_starting = True
         servers_own = signal.getsignal(signal.SIGTERM)
@@ -486,9 +489,7 @@ class Lifecycle:
             if message["type"] == "lifespan.startup.complete":
                 self.is_starting = False
                 if has_signals:
-                    with contextlib.suppress(
-                        RuntimeError
-                    ):  # of a loop that is not asyncio's or one like it: there is no drain
+                    with contextlib.suppress(RuntimeError):  # where the loop is not asyncio's, but trio's
                         self.loop = asyncio.get_running_loop()
             await send(message)
 
@@ -531,11 +532,11 @@ class Lifecycle:
         self.stop_server()
 
     def current_task(self) -> asyncio.Task[Any] | None:
-        """The task that serves the current request; none under a server whose stop does not wait for the drain."""
+        """The task that serves the current request; none where there is no drain."""
         return asyncio.current_task() if self.loop else None
 
-    def end_with_stop(self, task: asyncio.Task[Any] | None) -> None:
-        """Cancel the task of an event stream when the server stops."""
+    def add_event_stream(self, task: asyncio.Task[Any] | None) -> None:
+        """Have the task of an event stream cancelled when the server stops."""
         if task is None:
             return
         self.event_streams.add(task)
@@ -605,7 +606,7 @@ class Envelope:
         if not headers and not span.is_valid:
             request_span.set(trace.INVALID_SPAN_CONTEXT)
             return None
-        # A remote span that is current already is of the request before, which came with this one on its connection.
+        # Where requests are pipelined, uvicorn serves one in the context of the one before: that one's span is current.
         context = propagate.extract(headers, trace.set_span_in_context(trace.INVALID_SPAN))
         request_span.set(trace.get_current_span(context).get_span_context())
         return opentelemetry.context.attach(context)
@@ -628,8 +629,9 @@ class Envelope:
 class EnvelopeResponder:
     """One request and its response: adds the headers that are due, and logs a line once the response is complete.
 
-    The line is JSON, made in the least time, where there is such a log, else a record of the logger `access`, with
-    OpenTelemetry's names for its fields. Probes that succeed have none; a log level above `info` leaves all out.
+    Where the log is JSON, the line goes straight to `JsonLines`, which is quicker than a record; else it is a record of the
+    logger `access`. Its fields have OpenTelemetry's names. Probes that succeed have none; a log level above `info` leaves
+    all out.
     """
 
     logger = logging.getLogger("access")
@@ -677,7 +679,7 @@ class EnvelopeResponder:
             headers.append((b"connection", b"close"))
         message["headers"] = headers
         if own.get(b"content-type", b"").startswith(b"text/event-stream"):
-            self.lifecycle.end_with_stop(self.task)
+            self.lifecycle.add_event_stream(self.task)
 
     def is_cut_by_stop(self) -> bool:
         """Whether this is an event stream that the stop has cancelled, and that still lacks its end."""
@@ -784,7 +786,9 @@ class BodyLimits(RequestBodyLimitMiddleware):
             return
         body = BodyResponder(self.timeout, scope, receive, send)
         try:
-            if MAX_BODY_SIZE_SCOPE_KEY in scope:  # the app has a limit of its own, `FastAPI(max_body_size=…)`
+            if (
+                MAX_BODY_SIZE_SCOPE_KEY in scope
+            ):  # `FastAPI(max_body_size=…)` limits it already, outside of all middleware
                 await self.app(scope, body.receive_in_time, body.send_and_close)
             else:
                 await super().__call__(scope, body.receive_in_time, body.send_and_close)
@@ -796,7 +800,7 @@ class BodyLimits(RequestBodyLimitMiddleware):
             await answer(scope, receive, body.send_and_close)
 
     def find_refusal(self, error: Exception) -> StarletteHTTPException | None:
-        """A refusal of the body, in the groups into which each `@app.middleware("http")` puts it on its way."""
+        """The 408 or 413 in an error: each `@app.middleware("http")` on its way puts it into an `ExceptionGroup`."""
         while isinstance(error, ExceptionGroup):
             error = error.exceptions[0]
         return error if isinstance(error, StarletteHTTPException) and error.status_code in {408, 413} else None
@@ -905,7 +909,7 @@ def serve_documentation_from_here(app: fastapi.FastAPI, assets: str = "/static-o
 
 # The protocol's limits
 
-MAX_HEAD_BYTES = 65_536
+MAX_HEAD_BYTES = 65_536  # looked at after each read, so that a head which comes in one may have 256 KB
 MAX_HEADER_FIELDS = 100
 MAX_PIPELINE = 100
 
@@ -927,8 +931,10 @@ class Http(HttpToolsProtocol):
         self.app = TurnByTurn(self.app)
         self.reading: typing.Literal["nothing", "head", "body"] = "nothing"  # of a request
         self.unfinished = 0  # bytes, since the parser last had something whole
-        self.is_refused = False  # nothing more is read; the connection ends after the responses that are still due
-        self.is_lingering = False  # nothing more is read; the connection ends when the client has ended, or in time
+        self.is_refused = False  # input is dropped; responses that are still due are written, and then it lingers
+        self.is_lingering = (
+            False  # our side is closed; it waits for the client to close its own, or for the time to end
+        )
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Limit how long a client may send nothing, and (on Linux) how long it may take nothing of a response."""
@@ -978,11 +984,11 @@ class Http(HttpToolsProtocol):
         self.unfinished = 0
         is_websocket = self._should_upgrade()
         if self.parser.should_upgrade() and not is_websocket:
-            return  # the parser stops here, and `upgrade` is called
+            return  # `upgrade` goes on
         super().on_headers_complete()
         if not is_websocket:
             self.reading = "body"
-            self.headers = []  # for trailers: what follows a body is none of the head's fields
+            self.headers = []  # another list, since uvicorn would add trailers to the one that the scope holds
             self.cycle.transport = ResponseTransport(self, self.transport)
 
     def on_body(self, body: bytes) -> None:
@@ -991,13 +997,16 @@ class Http(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
-            return  # `upgrade` is called, and this was the end of the head alone
+            return  # of the head alone; `upgrade` goes on
         self.unfinished = 0
         self.reading = "nothing"
         super().on_message_complete()
 
     def upgrade(self, rest: bytes) -> None:
-        """Switch to WebSocket, or serve the request as if it did not ask for another protocol (RFC 9110, 7.8)."""
+        """Switch to WebSocket, or serve the request as if it did not ask for another protocol (RFC 9110, 7.8).
+
+        The parser stops at the end of a head that asks for one: after `on_headers_complete` and `on_message_complete`.
+        """
         has_body = any(
             name == b"transfer-encoding" or (name == b"content-length" and int(value) > 0)
             for name, value in self.headers
@@ -1046,9 +1055,8 @@ class Http(HttpToolsProtocol):
                 self.linger()
 
     def refuse_body(self, message: str) -> None:
-        if (
-            self.pipeline
-        ):  # its request waits for earlier ones; uvicorn has put it to the left, and serves from the right
+        if self.pipeline:
+            # Its request, the newest, waits behind others, which are served from the right: it is never served.
             self.pipeline.popleft()
             return
         self.disconnect()
@@ -1208,7 +1216,7 @@ def main() -> None:
         return
     if uvicorn_options["http"] in {"auto", "httptools"}:
         uvicorn_options["http"] = (
-            "__main__:Http"  # by name, since workers import it: in them, too, this file is `__main__`
+            "__main__:Http"  # by name, since workers import it: `sys.modules` has this file as `__main__` there, too
         )
     else:
         container_log.warning(
@@ -1256,7 +1264,7 @@ app.add_middleware(
 )
 serve_documentation_from_here(app)
 
-# Uvicorn raises SIGTERM again once it has stopped: that is no error, as there is none in a SIGTERM before it starts.
+# From here on SIGTERM ends with 0, not 143: uvicorn raises it again once it has stopped, and that is no error.
 if IS_OURS and not uvicorn_options["prestart"]:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 if __name__ == "__main__":
