@@ -50,7 +50,7 @@ def run_in_image(python: str, results: Path) -> None:
     image = f"{IMAGE}-upstream-{python}"
     tests = f"{image}-tests"
     arguments = [f"--build-arg=PYTHON={python}", f"--build-arg=IMAGE={image}", f"--build-context=fetched={ROOM}"]
-    if run("make", "--no-print-directory", "build", f"PYTHON={python}", f"IMAGE={image}", cwd=ROOT):
+    if run("make", "--no-print-directory", "build", f"BASE_PYTHON={python}", f"IMAGE={image}", cwd=ROOT):
         sys.exit(f"{image}: the image cannot be built; the reason is above.")
     if run(ENGINE, "build", "--tag", tests, *arguments, HERE):
         sys.exit(f"{tests}: what the tests need cannot be built; the reason is above.")
