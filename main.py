@@ -28,7 +28,7 @@ from pydantic import BaseModel, Field
 class Settings(BaseModel):
     """Your settings: `hello` is the variable HELLO, or the content of the file that HELLO_FILE names.
 
-    Each is one value, no list. A name such as `path` or `home` is taken: PATH and HOME are set already.
+    Each is one value, no list. Do not name one `path` or `home`: it would get what PATH or HOME is already.
     """
 
     hello: str = "World"
@@ -40,7 +40,7 @@ settings: Settings
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-    """Open before the `yield` what all requests share, such as `app.state.pool`, and close it after; ready in between."""
+    """Open before the `yield` what all requests share, such as `app.state.pool`, and close it after."""
     yield
 
 
@@ -85,6 +85,7 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 YOURS = dict(globals())  # all names so far: `check_names` sees to it that what follows takes none of them
 
 import asyncio
+import builtins
 import collections
 import collections.abc
 import contextlib
@@ -249,7 +250,7 @@ class JsonHandler(logging.Handler):
                 line.setdefault(name, value)
         if record.exc_info and record.exc_info[0]:
             line["exception.type"] = record.exc_info[0].__name__
-            line["exception.stacktrace"] = logging.Formatter().formatException(record.exc_info)
+            line["exception.stacktrace"] = self.format_traceback(record.exc_info)
         if record.stack_info:
             line["code.stacktrace"] = record.stack_info
         span = trace.get_current_span().get_span_context()
@@ -258,6 +259,12 @@ class JsonHandler(logging.Handler):
         line.update(trace_ids(span))
         if json_lines:
             json_lines.add(line)
+
+    def format_traceback(self, exc_info: Any) -> str:
+        try:
+            return logging.Formatter().formatException(exc_info)
+        except Exception as failure:  # noqa: BLE001 — as where Python looks for names in a package that cannot be imported
+            return f"{exc_info[1]!r}; its traceback cannot be shown: {failure!r}"
 
     def flush(self) -> None:
         """Wait for the lines of this process, for a second at most; the interpreter does so at its end."""
@@ -269,6 +276,8 @@ class OurErrors(logging.Filter):
     """Leaves out the traceback that uvicorn logs when a client has left in the midst: it is no error of the service."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.name != "uvicorn.error":
+            return True
         error = record.exc_info[1] if record.exc_info else None
         return not isinstance(error, ClientDisconnect | WebSocketDisconnect)
 
@@ -322,7 +331,7 @@ class ServerSettings(pydantic.BaseModel, frozen=True):
         256, ge=1, description="requests that a process serves at once; beyond it: 503"
     )
     max_websockets: int = pydantic.Field(
-        1024, ge=0, description="WebSockets, with a library that you add, that a process serves at once; beyond it: 503"
+        1024, ge=0, description="WebSockets that a process serves at once, by a library that you add; beyond it: 503"
     )
     timeout_keep_alive: int = pydantic.Field(
         75, ge=1, le=3600, description="seconds for which a connection may be idle"
@@ -460,9 +469,8 @@ class Lifecycle:
         self.is_starting = False
         self.is_draining = False
         self.is_stopping = False
-        self.loop: asyncio.AbstractEventLoop | None = (
-            None  # once started, where SIGTERM is ours: else there is no drain
-        )
+        # Set once started, where SIGTERM is ours. While there is none, there is no drain.
+        self.loop: asyncio.AbstractEventLoop | None = None
         self.stop_server: collections.abc.Callable[[], object] = lambda: None
         self.event_streams: set[asyncio.Task[Any]] = set()
 
@@ -472,9 +480,10 @@ class Lifecycle:
         return Response(status_code=status, headers={"Cache-Control": "no-store"})
 
     async def start(self, app: asgi.ASGIApp, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
-        """Run the app's lifespan, with `on_sigterm` in the place of the server's handler, which it calls after the drain.
+        """Run the app's lifespan, with `on_sigterm` in the place of the server's handler, which `stop` calls.
 
-        A handler that your `lifespan` sets finds it by `signal.getsignal`, and can call it.
+        Where no server has set one, as in a test, nothing is replaced. A handler that your `lifespan` sets finds ours by
+        `signal.getsignal`, and can call it.
         """
         self.is_starting = True
         servers_own = signal.getsignal(signal.SIGTERM)
@@ -594,6 +603,8 @@ class Envelope:
 
         Returns what leaves the caller's span again.
         """
+        # A local span is FastAPI's. A remote one is that of the request before: where requests are pipelined, uvicorn serves
+        # each in the context of the one before it.
         span = trace.get_current_span().get_span_context()
         if span.is_valid and not span.is_remote:
             request_span.set(span)
@@ -606,7 +617,6 @@ class Envelope:
         if not headers and not span.is_valid:
             request_span.set(trace.INVALID_SPAN_CONTEXT)
             return None
-        # Where requests are pipelined, uvicorn serves one in the context of the one before: that one's span is current.
         context = propagate.extract(headers, trace.set_span_in_context(trace.INVALID_SPAN))
         request_span.set(trace.get_current_span(context).get_span_context())
         return opentelemetry.context.attach(context)
@@ -726,7 +736,7 @@ class EnvelopeResponder:
         Of `/api/5/items/7`, where the route's own part is `/items/7`, it is `/api/{tenant}/items/{item_id}`.
         """
         route = self.scope.get("route")
-        if route is None:
+        if not hasattr(route, "path_format"):  # none has matched, or one by the host
             return None
         values = {name: str(value) for name, value in self.scope["path_params"].items()}
         try:
@@ -932,9 +942,7 @@ class Http(HttpToolsProtocol):
         self.reading: typing.Literal["nothing", "head", "body"] = "nothing"  # of a request
         self.unfinished = 0  # bytes, since the parser last had something whole
         self.is_refused = False  # input is dropped; responses that are still due are written, and then it lingers
-        self.is_lingering = (
-            False  # our side is closed; it waits for the client to close its own, or for the time to end
-        )
+        self.is_lingering = False  # our side is closed; it waits for the client to close its own, for some time
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Limit how long a client may send nothing, and (on Linux) how long it may take nothing of a response."""
@@ -958,12 +966,13 @@ class Http(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as upgrade:
             self.upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
+            # Of an exception in a method of ours that the parser calls it makes an error, whose context it is.
             self.refuse("Invalid HTTP request received.", error.__context__ or error)
         else:
             if self.unfinished > MAX_HEAD_BYTES:
                 self.refuse("Request too large.")
             elif self.reading == "head" and self.timeout_keep_alive_task is None and self.has_answered():
-                self.wait_for_client()
+                self.wait_for_client()  # else `on_response_complete` does so, after the last answer that is due
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -984,7 +993,7 @@ class Http(HttpToolsProtocol):
         self.unfinished = 0
         is_websocket = self._should_upgrade()
         if self.parser.should_upgrade() and not is_websocket:
-            return  # `upgrade` goes on
+            return  # `data_received` calls `upgrade` next, which serves it
         super().on_headers_complete()
         if not is_websocket:
             self.reading = "body"
@@ -997,7 +1006,7 @@ class Http(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
-            return  # of the head alone; `upgrade` goes on
+            return  # of the head alone: `data_received` calls `upgrade` next
         self.unfinished = 0
         self.reading = "nothing"
         super().on_message_complete()
@@ -1055,9 +1064,9 @@ class Http(HttpToolsProtocol):
                 self.linger()
 
     def refuse_body(self, message: str) -> None:
+        """Refuse a request whose head the app has already, or will have after those before it in the pipeline."""
         if self.pipeline:
-            # Its request, the newest, waits behind others, which are served from the right: it is never served.
-            self.pipeline.popleft()
+            self.pipeline.popleft()  # the newest, which is never served; uvicorn serves from the right
             return
         self.disconnect()
         if not self.cycle.response_started:
@@ -1187,37 +1196,41 @@ class TurnByTurn:
 # Start
 
 
-def check_memory(workers: int) -> None:
-    """Raise a `SettingError` for more workers than the container's memory limit holds: a process takes 40 MB."""
+def read_limit(file: str, file_of_v1: str) -> int | None:
+    """A limit of this container, which is in a file of cgroup v2 or v1; none where nothing is limited."""
+    for name in (file, file_of_v1):
+        with contextlib.suppress(OSError, ValueError):  # it is the other version; there is no limit, "max"
+            return int(pathlib.Path("/sys/fs/cgroup", name).read_text())
+    return None
+
+
+def check_limits(workers: int) -> None:
+    """Refuse to start with more workers than the container's limits of memory and of threads hold.
+
+    A process takes 50 MB with all of its threads in use. These are 80 at most: 40 for `def` operations, 32 for
+    `asyncio.to_thread`, and its own.
+    """
     processes = workers if workers == 1 else workers + 1  # there is a parent, too
-    need = 40 * processes
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroup v2, v1
-        try:
-            limit = int(pathlib.Path(file).read_text()) // 1_000_000
-        except (OSError, ValueError):  # it is the other version; there is no limit, "max"
-            continue
-        if need > limit:
-            raise SettingError(f"WEB_CONCURRENCY={workers} needs {need} MB of memory, the limit is {limit} MB")
-
-
-def run_prestart() -> None:
-    """The steps before starting: that the memory limit holds the workers, then yours."""
-    try:
-        check_memory(uvicorn_options["workers"])
-    except SettingError as error:
-        refuse_start(error)
-    prestart()
+    memory = read_limit("memory.max", "memory/memory.limit_in_bytes")
+    threads = read_limit("pids.max", "pids/pids.max")
+    problem = ""
+    if memory is not None and memory < 50_000_000 * processes:
+        problem = f"{50 * processes} MB, the limit is {memory // 1_000_000} MB"
+    elif threads is not None and threads < 80 * processes:
+        problem = f"{80 * processes} threads, the limit is {threads} threads"
+    if problem:
+        refuse_start(SettingError(f"WEB_CONCURRENCY={workers} needs {problem}"))
 
 
 def main() -> None:
     """Run the steps before starting, or serve with uvicorn, with JSON on stdout and the protocol's limits."""
+    check_limits(uvicorn_options["workers"])
     if uvicorn_options.pop("prestart"):
-        run_prestart()
+        prestart()
         return
     if uvicorn_options["http"] in {"auto", "httptools"}:
-        uvicorn_options["http"] = (
-            "__main__:Http"  # by name, since workers import it: `sys.modules` has this file as `__main__` there, too
-        )
+        # By name, since workers import it: there, too, `sys.modules` has this file as `__main__`.
+        uvicorn_options["http"] = "__main__:Http"
     else:
         container_log.warning(
             "--http %s: no limit to the head of a request, in bytes, fields or time", uvicorn_options["http"]
@@ -1234,9 +1247,12 @@ def main() -> None:
 # What makes the app of it all
 
 
+BUILTINS = {name for name in vars(builtins) if not name.startswith("__")}
+
+
 def check_names() -> None:
-    """Refuse to start where the container's side has taken a name of your part, since what you have named would be lost."""
-    taken = [name for name, value in YOURS.items() if globals()[name] is not value]
+    """Refuse to start where a name of your part is one of the container's side, or of Python, which that side relies on."""
+    taken = [name for name, value in YOURS.items() if globals()[name] is not value or name in BUILTINS]
     if taken:
         refuse_start(
             NameError(f"main.py: the container's side has names of its own that are yours, too: {', '.join(taken)}")
@@ -1264,7 +1280,7 @@ app.add_middleware(
 )
 serve_documentation_from_here(app)
 
-# From here on SIGTERM ends with 0, not 143: uvicorn raises it again once it has stopped, and that is no error.
+# Uvicorn, once it has stopped, restores this handler and raises SIGTERM for it: a stop that went well ends with 0, not 143.
 if IS_OURS and not uvicorn_options["prestart"]:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 if __name__ == "__main__":

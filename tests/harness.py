@@ -34,7 +34,15 @@ FIVE = ("main.py", "test_main.py", "Dockerfile", "requirements.txt", "Makefile")
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 # The Pythons that the image can be built from; the first is the Dockerfile's own.
 PYTHONS = ("3.15", "3.14")
-STRICT = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--memory=64m", "--pids-limit=64")
+# The limits that `make run` sets, which the deployments have, too.
+LIMITS = dict(re.findall(r"--(memory|pids-limit) (\w+)", (HERE / "Makefile").read_text()))
+STRICT = (
+    "--read-only",
+    "--cap-drop=ALL",
+    "--security-opt=no-new-privileges",
+    "--memory=64m",
+    f"--pids-limit={LIMITS['pids-limit']}",
+)
 # What tests name in the engine begins with the name of this checkout, so that two of them do not meet there.
 NAME = re.sub(r"[^a-z0-9]+", "-", HERE.name.lower()).strip("-") + "-test"
 

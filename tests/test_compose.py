@@ -19,6 +19,7 @@ import trustme
 
 from tests.harness import (
     HERE,
+    LIMITS,
     NAME,
     RATE,
     Clients,
@@ -175,7 +176,7 @@ def test_compose_runs_each_container_with_no_rights_in_a_root_that_is_read_only(
         assert (host["ReadonlyRootfs"], host["CapDrop"], host["CapAdd"]) == (True, ["ALL"], None)
         assert (host["SecurityOpt"], host["Privileged"], host["Init"]) == (["no-new-privileges"], False, True)
         megabytes = 256 if "traefik" in container.inspect("Config.Image") else 128
-        assert (host["Memory"], host["PidsLimit"]) == (megabytes * 2**20, 64)
+        assert (host["Memory"], host["PidsLimit"]) == (megabytes * 2**20, int(LIMITS["pids-limit"]))
         prestart = container.inspect("Config.Cmd") == ["--prestart"]
         assert host["RestartPolicy"]["Name"] == ("no" if prestart else "unless-stopped")
 

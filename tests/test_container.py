@@ -7,7 +7,7 @@ import subprocess
 import httpx
 import pytest
 
-from tests.harness import Load, answers, each_python, run, wait_until
+from tests.harness import LIMITS, Image, Load, answers, each_python, run, wait_until
 from tests.test_servers import LIMIT, ROUTES, TABLE, observe
 from tests.test_stop import STUCK
 
@@ -98,7 +98,7 @@ def test_container_stops_within_ten_seconds_by_default_whatever_is_open(image, v
     assert (status, seconds >= 8) == (0, True)  # 137 is that of what was killed
 
 
-@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_container_stops_cleanly_with_one_process_and_with_workers(image, workers):
     flags = ("--memory=256m", "--env=DRAIN_SECONDS=1")
     with image.container("--workers", str(workers), flags=flags) as container:
@@ -108,16 +108,79 @@ def test_container_stops_cleanly_with_one_process_and_with_workers(image, worker
     assert (status, len(finished)) == (0, workers)
 
 
-@pytest.mark.parametrize("flags", [("--memory=128m",), ("--volume={limit}:/sys/fs/cgroup/memory.max:ro",)])
-def test_steps_before_starting_refuse_more_workers_than_the_memory_limit_holds(image, flags, tmp_path):
-    """As cgroup v1 or v2 tells it, whichever this host has, and as a file in the place of v2's."""
-    (limit := tmp_path / "memory.max").write_text("134217728\n")
-    command = (image.engine, "run", "--rm", *(flag.format(limit=limit) for flag in flags))
-    assert run(*command, "--env=WEB_CONCURRENCY=2", image.name, "--prestart") == ""
-    command = (*command, "--env=WEB_CONCURRENCY=4", image.name, "--prestart")
+def take_steps_before_starting(image: Image, workers: int, *flags: str) -> tuple[int, str]:
+    """The exit status, and the one message, if any."""
+    command = (image.engine, "run", "--rm", *flags, image.name, "--workers", str(workers), "--prestart")
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stderr) == (1, "")
-    assert json.loads(result.stdout)["message"] == "WEB_CONCURRENCY=4 needs 200 MB of memory, the limit is 134 MB"
+    return result.returncode, json.loads(result.stdout)["message"] if result.stdout else ""
+
+
+MEMORY = "WEB_CONCURRENCY=3 needs 200 MB, the limit is 199 MB"
+THREADS = "WEB_CONCURRENCY=3 needs 320 threads, the limit is 256 threads"
+
+
+@pytest.mark.parametrize(
+    ("flag", "content", "refusal"),
+    [
+        ("--memory=190m", "", MEMORY),
+        ("--volume={file}:/sys/fs/cgroup/memory.max:ro", "199229440\n", MEMORY),
+        ("--pids-limit=256", "", THREADS),
+        ("--volume={file}:/sys/fs/cgroup/pids.max:ro", "256\n", THREADS),
+    ],
+)
+def test_steps_before_starting_refuse_more_workers_than_a_limit_holds(image, flag, content, refusal, tmp_path):
+    """As cgroup v1 or v2 tells it, whichever this host has, and as a file in the place of v2's."""
+    (file := tmp_path / "limit").write_text(content)
+    flag = flag.format(file=file)
+    assert take_steps_before_starting(image, 2, flag) == (0, "")
+    assert take_steps_before_starting(image, 3, flag) == (1, refusal)
+
+
+OCCUPY = """
+import threading
+from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+
+executor = ThreadPoolExecutor(32)  # as asyncio.to_thread has it on 28 cores or more
+
+
+@app.get("/occupy/{workers}")
+async def occupy(workers: int):
+    # All threads wait at the barrier at the same time: those of `def` operations, and those of the executor.
+    barrier = threading.Barrier(40 + 32)
+    threads = [anyio.to_thread.run_sync(barrier.wait) for _ in range(40)]
+    threads += [asyncio.get_running_loop().run_in_executor(executor, barrier.wait) for _ in range(32)]
+    await asyncio.gather(*threads)
+    # Then the event loop waits, so that the next connection is another worker's.
+    Path(f"/tmp/occupied-{os.getpid()}").touch()
+    while len([*Path("/tmp").glob("occupied-*")]) < workers:
+        time.sleep(0.01)
+"""
+
+
+@each_python
+@pytest.mark.parametrize(("memory", "workers"), [(LIMITS["memory"], 1), ("144m", 2)])
+def test_workers_that_the_steps_before_starting_accept_have_all_their_threads(image, variant, memory, workers):
+    """In the limits of `make run`, and in the least memory that holds two, on a machine of many cores."""
+    limits = (f"--memory={memory}", f"--pids-limit={LIMITS['pids-limit']}")
+    accepted = [take_steps_before_starting(image, count, *limits)[0] == 0 for count in (workers, workers + 1)]
+    assert accepted == [True, False]
+
+    async def occupy(url: str) -> set[int]:
+        """Request until each worker has got one and all are answered."""
+        requests: set[asyncio.Task[httpx.Response]] = set()
+        async with httpx.AsyncClient(base_url=url) as client, asyncio.timeout(60):
+            while not requests or not all(request.done() for request in requests):
+                requests.add(asyncio.create_task(client.get(f"/occupy/{workers}", timeout=60)))
+                await asyncio.wait(requests, timeout=1, return_when=asyncio.FIRST_EXCEPTION)
+        return {request.result().status_code for request in requests}
+
+    flags = (*limits, "--init", "--tmpfs=/tmp", "--env=MALLOC_ARENA_MAX=256")
+    with image.variant(variant(OCCUPY)).container("--workers", str(workers), flags=flags) as container:
+        wait_until(lambda: len(container.said("Application startup complete")) == workers)
+        assert asyncio.run(occupy(container.url)) == {200}
+        assert not container.inspect("State.OOMKilled")
+        assert len(container.said("Started server process")) == workers
 
 
 def test_container_restarts_after_its_process_was_killed(image):

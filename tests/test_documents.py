@@ -5,7 +5,7 @@ import re
 import statistics
 
 import main
-from tests.harness import HERE
+from tests.harness import HERE, LIMITS
 
 
 def test_readme_lists_every_setting_with_its_default():
@@ -41,6 +41,18 @@ def limit(probe: str) -> float:
     """How long a probe of the manifest may fail."""
     (part,) = re.findall(rf"{probe}:\n(?: {{12}}.*\n)+", KUBERNETES)
     return seconds(part, " periodseconds:") * seconds(part, "failurethreshold:")
+
+
+def test_limits_are_the_same_wherever_they_are_set_and_as_the_documents_say():
+    for file in ("deploy/compose.yaml", "deploy/stack.yaml", "deploy/stack"):
+        text = (HERE / file).read_text()
+        assert {*re.findall(r"\$\{MEMORY:-(\w+)\}", text)} == {LIMITS["memory"]}, file
+        assert {*re.findall(r"pids(?:[-_]limit)?:? (\d+)", text)} == {LIMITS["pids-limit"]}, file
+    memory, threads = LIMITS["memory"].replace("m", " MB"), LIMITS["pids-limit"]
+    table = (HERE / "docs/deployments.md").read_text()
+    assert f"\n| memory limit of a replica | {memory} | {memory} | {memory} |\n" in table
+    assert f"\n| limit of its threads | {threads} | {threads} | the node's |\n" in table
+    assert f"\n{memory} and {threads} threads," in (HERE / "docs/limits.md").read_text()
 
 
 def unready(text: str) -> float:

@@ -357,3 +357,29 @@ def test_unexpected_exception_out_of_the_server_is_logged_with_its_traceback():
     line = process.lines[-1]
     assert (line["level"], line["exception.type"]) == ("critical", "OSError")
     assert "PORT" not in line["message"]
+
+
+def test_what_a_service_logs_has_its_line_whatever_its_exception_is(variant):
+    """One of a client that has left, which uvicorn's own record lacks; and one of a class that does not tell its name."""
+    source = variant("""
+import logging
+from fastapi import WebSocketDisconnect
+
+class Nameless(type):
+    def __getattribute__(cls, name):
+        if name == "__qualname__":
+            raise LookupError(name)
+        return super().__getattribute__(name)
+
+class Odd(Exception, metaclass=Nameless):
+    pass
+
+@app.get("/log")
+async def log() -> None:
+    logging.getLogger("shop").error("left", exc_info=WebSocketDisconnect())
+    logging.getLogger("shop").error("odd", exc_info=Odd("strange"))
+""")
+    with Process(source=source) as process:
+        assert httpx.get(process.url + "/log").status_code == 200
+        assert process.wait_for("left")["exception.type"] == "WebSocketDisconnect"
+        assert "strange" in process.wait_for("odd")["exception.stacktrace"]

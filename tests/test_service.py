@@ -176,6 +176,10 @@ router = APIRouter(prefix="/shops/{shop}")
 async def thing_of_shop(shop: str, id: int) -> int:
     return id
 app.include_router(router, prefix="/v3")
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Host
+app.mount("/hosts", Starlette(routes=[Host("{name}", JSONResponse(3))]))
 """
 
 
@@ -196,6 +200,7 @@ def test_what_the_caller_says_of_its_trace_reaches_the_app(variant):
         ("/tenants/a/things/3", "/tenants/{tenant}/things/{id}"),
         ("/tenants/3/things/3", "/tenants/{tenant}/things/{id}"),
         ("/v3/shops/a/things/3", "/v3/shops/{shop}/things/{id}"),
+        ("/hosts/things/3", None),
     ],
 )
 @pytest.mark.parametrize("arguments", [(), ("--root-path", "/api")])
@@ -435,7 +440,7 @@ def test_names_of_a_service_stay_what_it_has_made_them(variant):
         assert httpx.get(process.url + "/names").json() == ["shop", "7", "a", "1 day, 0:00:00", "1"]
 
 
-@pytest.mark.parametrize("name", ["Lifecycle", "json_lines", "main"])
+@pytest.mark.parametrize("name", ["Lifecycle", "json_lines", "main", "list"])
 def test_name_that_the_containers_side_has_taken_is_told_and_ends_the_start(variant, name):
     process = Process(source=variant(f"{name} = 0"))
     assert process.end() == 1
