@@ -1,13 +1,23 @@
-"""What bench/README.md says of the goals is what results.json has."""
+"""What the pages say of a run, and the figure, is what results.json has."""
 
 import json
-import re
 
-from bench.run import BENCH, GOALS, ratio
+from bench.contenders import BENCH
+from bench.figures import draw, rewrite
+from tests.harness import HERE
+
+RESULTS = json.loads((BENCH / "results.json").read_text())
 
 
-def test_readme_of_the_benchmark_says_how_far_each_goal_is_reached():
-    figures = json.loads((BENCH / "results.json").read_text())["figures"]
-    rows = re.findall(r"^\| .* \| [≥≤] ([\d.]+) \| ([\d.]+)", (BENCH / "README.md").read_text(), re.MULTILINE)
-    found = [ratio(figures, goal.measure, goal.other) if goal.other else 0 for goal in GOALS]
-    assert rows == [(f"{goal.bound:g}", f"{figure:.2f}") for goal, figure in zip(GOALS, found, strict=True)]
+def test_pages_say_what_the_run_found():
+    pages = [(folder / "README.md").read_text() for folder in (BENCH, HERE)]
+    assert [rewrite(page, RESULTS) for page in pages] == pages
+
+
+def test_benchmarks_page_has_a_place_for_all_that_is_told():
+    page = (BENCH / "README.md").read_text()
+    assert [page.count(f"<!-- {mark} -->\n") for mark in ("run", "goals", "figures", "end")] == [1, 1, 1, 3]
+
+
+def test_figure_shows_what_the_run_found():
+    assert draw(RESULTS) == (BENCH / "figure.svg").read_text()
