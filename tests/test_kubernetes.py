@@ -184,7 +184,8 @@ def test_settings_are_in_one_place():
 
 def test_table_of_replicas_follows_from_the_benchmark_and_what_the_autoscaler_holds(documents, service):
     figures = json.loads((HERE / "bench/results.json").read_text())["figures"]
-    rate = statistics.median(figures["requests per CPU second, /items/5?q=somequery, 64 connections"]["this project"])
+    found = figures["requests per CPU second, /items/5?q=somequery, 64 connections"]["this project"]
+    rate = round(statistics.median(found), -3)
     asked = int(service["resources"]["requests"]["cpu"].removesuffix("m")) / 1000
     (metric,) = documents["HorizontalPodAutoscaler"]["metrics"]
     used = asked * metric["resource"]["target"]["averageUtilization"] / 100
