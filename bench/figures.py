@@ -2,6 +2,7 @@
 
 import re
 import statistics
+import textwrap
 from typing import Any
 
 from bench.contenders import (
@@ -113,7 +114,7 @@ def tell_run(results: dict) -> str:
     at, left_out = results["machine"], results["left out"]
     about = f"Revision {at['revision']}, {at['date']}: Python {at['Python']}, {at['proxy']}, Docker {at['Docker']}, "
     about += f"{at['cores']} cores of {at['CPU']}, Linux {at['kernel']}, {results['seconds']:.0f} s."
-    return "\n".join([about, *(f"Left out: {one}." for one in left_out)])
+    return textwrap.fill(" ".join([about, *(f"Left out: {one}." for one in left_out)]), 120)
 
 
 def tell_goals(results: dict) -> str:

@@ -60,7 +60,8 @@ class Run:
             try:
                 found = step(*arguments)
             except Exception as error:  # noqa: BLE001, since whatever it is, the others' figures are worth having
-                self.say(f"{name}, {who}: failed{', trying again' if again else ' again'}: {str(error)[-300:]}")
+                why = (str(error).strip() or repr(error)).splitlines()[-1]
+                self.say(f"{name}, {who}: failed{', trying again' if again else ' again'}: {why[-300:]}")
             else:
                 for measure, figure in found.items():
                     self.figures[measure][who].append(figure)
@@ -185,6 +186,8 @@ def main() -> None:
     bench.say("start; where the engine has the images already, it takes less")
     try:
         bench.measure(save)
+    except KeyboardInterrupt:
+        bench.left_out.append("what would have followed, had nobody interrupted it")
     finally:
         print_table(bench.figures)
         print(*(f"Left out: {one}" for one in bench.left_out), sep="\n")
