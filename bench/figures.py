@@ -113,7 +113,8 @@ def brief(measure: str) -> str:
 def tell_run(results: dict) -> str:
     at, left_out = results["machine"], results["left out"]
     about = f"Revision {at['revision']}, {at['date']}: Python {at['Python']}, {at['proxy']}, Docker {at['Docker']}, "
-    about += f"{at['cores']} cores of {at['CPU']}, Linux {at['kernel']}, {results['seconds']:.0f} s."
+    about += f"{at['cores']} cores of {at['CPU']}, Linux {at['kernel']}, a load of "
+    about += f"{at['load']} before it began, {results['seconds']:.0f} s."
     return textwrap.fill(" ".join([about, *(f"Left out: {one}." for one in left_out)]), 120)
 
 

@@ -135,13 +135,14 @@ def compare(main: Path, python: str) -> Figures:
     return figures
 
 
-def machine(python: str) -> dict[str, str | int]:
+def machine(python: str) -> dict[str, Any]:
     """Where and when: what absolute figures depend on."""
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
         "CPU": model[1] if model else platform.machine(),
         "cores": os.cpu_count() or 0,
         "kernel": platform.release(),
+        "load": round(os.getloadavg()[0], 2),
         "Docker": run("docker", "version", "--format", "{{.Server.Version}}"),
         "cgroup": run("docker", "info", "--format", "{{.CgroupVersion}}"),
         "proxy": steps.traefik(),
@@ -159,6 +160,7 @@ def publish(results: dict) -> None:
         readme.write_text(rewrite(readme.read_text(), results))
 
 
+QUIET = 0.5  # load average of a machine that does nothing else
 TAGS = sorted({one.tag for one in CONTENDERS})
 
 
@@ -184,6 +186,10 @@ def main() -> None:
             publish({"machine": at} | found)
 
     bench.say("start; where the engine has the images already, it takes less")
+    if at["load"] > QUIET:
+        bench.say(
+            f"something else uses this machine, at a load of {at['load']}: ratios may be others than on a quiet one"
+        )
     try:
         bench.measure(save)
     except KeyboardInterrupt:
