@@ -45,6 +45,10 @@ BARE = floor("bare FastAPI", "bare_fastapi.py", "fastapi uvicorn uvloop httptool
 ASGI = floor("bare ASGI", "bare_asgi.py", "uvicorn uvloop httptools")
 CONTENDERS = (OURS, GUIDE, WORKERS, GRANIAN, UV, BARE, ASGI)
 
+# The two that a record of the log is measured of, each with the other's choice: ours without, bare FastAPI with uvicorn's.
+SILENT = replace(OURS, name="this project, no log", command=("--no-access-log",))
+LOGGING = replace(BARE, name="bare FastAPI, log", command=("uvicorn", "main:app", "--host", "0.0.0.0", "--port", "80"))
+
 CHANGED = replace(OURS, name="changed", tag="changed")  # this project with another main.py
 
 ITEM, WAIT = "/items/5?q=somequery", "/wait"
@@ -71,21 +75,27 @@ class Extent:
     contenders: tuple[Contender, ...]
     loads: tuple[tuple[str, int], ...]
     proxied: tuple[Contender, ...]
+    costs: bool  # whether to measure what bench/costs.py has
 
     def expected(self) -> int:
         """Seconds that a run takes on 2 cores where the engine has none of the images yet."""
         images = len({contender.tag for contender in self.contenders})
         turn = 4 + len(self.loads) * (self.seconds + 0.5)
         turns = len(self.contenders) * turn + len(self.proxied) * (4 + self.seconds)
-        return round(20 + images * 12 + len(self.contenders) * 2 + self.rounds * turns)
+        return round(20 + images * 12 + len(self.contenders) * 2 + self.rounds * turns + 40 * self.costs)
 
 
-FULL = Extent(3, 2, CONTENDERS, ((ITEM, 1), (ITEM, 64), (ITEM, 256), (WAIT, 256)), (OURS, GUIDE))
-SHORT = Extent(2, 2, (OURS, GUIDE, BARE), ((ITEM, 1), (ITEM, 64)), ())
+FULL = Extent(3, 2, CONTENDERS, ((ITEM, 1), (ITEM, 64), (ITEM, 256), (WAIT, 256)), (OURS, GUIDE), True)
+SHORT = Extent(2, 2, (OURS, GUIDE, BARE), ((ITEM, 1), (ITEM, 64)), (), False)
 LIMIT = 480  # seconds that a run takes at most: a round that would end later is left out
 
 LOST, COMPRESSED = "requests lost when stopped under load", "MB compressed"
 START, READY = "CPU seconds to the first answer", "MB of memory when ready"
+WALL = "seconds to the first answer"
+REQUESTS, MEMORY = 100_000, 64  # so many, in a container limited to so many MB
+FIRST = "first answer's time, of the hundredth's"
+RECORD = "µs of CPU for a request's record in the access log"
+GROWN = f"MB of memory after {REQUESTS:,} requests in {MEMORY} MB, of when ready"
 BEHIND = ", behind the proxy"
 
 
@@ -103,18 +113,23 @@ class Goal(NamedTuple):
     measure: str
     other: Contender | None
     bound: float
+    steady: bool = True  # enough for a short run to judge it
 
 
 GOALS = (
     Goal(per_cpu_second(ITEM, 64), GUIDE, 2),
     Goal(per_cpu_second(ITEM, 1), GUIDE, 1.7),
     Goal(per_cpu_second(ITEM, 64) + BEHIND, GUIDE, 1.7),
-    Goal(f"ms, 99th percentile, {under(ITEM, 64)}", GUIDE, 0.45),
+    Goal(f"ms, 99th percentile, {under(ITEM, 64)}", GUIDE, 0.45, steady=False),
     Goal(START, GUIDE, 0.4),
+    Goal(WALL, GUIDE, 0.6, steady=False),
     Goal(READY, GUIDE, 0.62),
     Goal(LOST, None, 0),
     Goal(per_cpu_second(ITEM, 64), BARE, 1),
     Goal(per_cpu_second(ITEM, 1), BARE, 0.92),
+    Goal(RECORD, BARE, 1),
+    Goal(FIRST, None, 30),
+    Goal(GROWN, None, 1.2),
 )
 
 

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench import images, steps
+from bench import costs, images, steps
 from bench.contenders import (
     BARE,
     BENCH,
@@ -29,8 +29,12 @@ from bench.contenders import (
     FULL,
     ITEM,
     LIMIT,
+    LOGGING,
+    MEMORY,
     OURS,
+    REQUESTS,
     SHORT,
+    SILENT,
     Contender,
     Extent,
 )
@@ -77,6 +81,7 @@ class Run:
             with steps.Wrk() as wrk:
                 for one in contenders:
                     self.attempt("stop", one.name, steps.observe, one)
+                self.measure_costs(contenders, wrk)
                 self.measure_rounds(contenders, tree, wrk, save)
         save()
 
@@ -97,6 +102,18 @@ class Run:
         there = [contender for contender in self.extent.contenders if futures[contender.tag].result()]
         self.left_out += [f"all of {contender.name}" for contender in self.extent.contenders if contender not in there]
         return there
+
+    def measure_costs(self, contenders: list[Contender], wrk: steps.Wrk) -> None:
+        """What is measured once: of this project, and of uvicorn's own log, which bare FastAPI gets for it."""
+        if not self.extent.costs:
+            self.left_out.append("first answer, access log and little memory, which a short run does not measure")
+            return
+        if OURS in contenders:
+            self.attempt("first answer", OURS.name, costs.first_answer, OURS)
+            self.attempt("access log", OURS.name, costs.record, OURS, SILENT, wrk)
+            self.attempt(f"{REQUESTS:,} requests in {MEMORY} MB", OURS.name, costs.little_memory, OURS, wrk)
+        if BARE in contenders:
+            self.attempt("access log", BARE.name, costs.record, LOGGING, BARE, wrk)
 
     def measure_rounds(self, contenders: list[Contender], tree: Path, wrk: steps.Wrk, save: Callable[[], None]) -> None:
         """As many rounds as there is time for; `save` follows each."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from http.client import HTTPException
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -22,6 +22,7 @@ from bench.contenders import (
     LOST,
     READY,
     START,
+    WALL,
     Contender,
     Extent,
     per_cpu_second,
@@ -48,29 +49,36 @@ def ask(url: str) -> int:
 
 
 @contextmanager
+def running(contender: Contender, *flags: str):
+    """A container as `docker run --detach IMAGE` starts it, which may not answer yet."""
+    container = Container("docker", run("docker", "run", "--detach", *flags, contender.image, *contender.command))
+    try:
+        # Without the engine's proxy of published ports in between.
+        container.url = f"http://{container.address}:{contender.port}"
+        yield container
+    finally:
+        run("docker", "rm", "--force", "--volumes", container.id)
+
+
+@contextmanager
 def started(contender: Contender, *flags: str):
-    """A container as `docker run --detach IMAGE` starts it, and its figures once it answers.
+    """A container that answers, and its figures until then.
 
     The second of CPU time has the health checks in it that the image asks for.
     """
     start = time.monotonic()
-    container = Container("docker", run("docker", "run", "--detach", *flags, contender.image, *contender.command))
-    try:
-        # Without the engine's proxy of published ports in between.
-        container.url = url = f"http://{container.address}:{contender.port}"
+    with running(contender, *flags) as container:
         pid = container.inspect("State.Pid")
-        wait_until(lambda: ask(url) == 200, 60)
+        wait_until(lambda: ask(container.url) == 200, 60)
         yield (
             container,
             {
-                "seconds to the first answer": time.monotonic() - start,
+                WALL: time.monotonic() - start,
                 START: cpu_seconds(pid),
                 f"{START}, health checks included": container_cpu_seconds(container),
                 READY: resident_megabytes(pid),
             },
         )
-    finally:
-        run("docker", "rm", "--force", "--volumes", container.id)
 
 
 def threads(pid: int) -> list[Path]:
@@ -105,6 +113,21 @@ def container_cpu_seconds(container: Container) -> float:
 # --- Loads ---
 
 
+class Answers(NamedTuple):
+    """To a load: their number, seconds, CPU seconds of the container, and milliseconds of two percentiles."""
+
+    requests: int
+    seconds: float
+    cpu: float
+    p50: float
+    p99: float
+
+    @property
+    def microseconds(self) -> float:
+        """Of CPU for a request."""
+        return self.cpu / self.requests * 1e6
+
+
 class Wrk:
     """wrk, in a container of its own that waits to be told what to load."""
 
@@ -115,20 +138,24 @@ class Wrk:
     def __exit__(self, *_) -> None:
         run("docker", "rm", "--force", self.id)
 
-    def load(self, container: Container, path: str, connections: int, seconds: int, url: str = "") -> Found:
-        """What a load costs this container, whose own address is asked or this one in front of it."""
+    def send(self, container: Container, path: str, connections: int, seconds: int, url: str = "") -> Answers:
+        """Load this container, whose own address is asked or this one in front of it."""
         limits = (f"--connections={connections}", f"--duration={seconds}")
         before = container_cpu_seconds(container)
         output = run("docker", "exec", self.id, "/load", *limits, (url or container.url) + path)
         spent = container_cpu_seconds(container) - before
         report = json.loads(output.splitlines()[-1])
         assert report["failed"] == 0, report
-        suffix = under(path, connections)
+        return Answers(report["requests"], report["duration"] / 1e6, spent, report["p50"] / 1e3, report["p99"] / 1e3)
+
+    def load(self, container: Container, path: str, connections: int, seconds: int, url: str = "") -> Found:
+        """What is published of such a load."""
+        answers, suffix = self.send(container, path, connections, seconds, url), under(path, connections)
         return {
-            per_cpu_second(path, connections): report["requests"] / spent,
-            f"requests per second, {suffix}": report["requests"] / report["duration"] * 1e6,
-            f"ms, 50th percentile, {suffix}": report["p50"] / 1e3,
-            f"ms, 99th percentile, {suffix}": report["p99"] / 1e3,
+            per_cpu_second(path, connections): answers.requests / answers.cpu,
+            f"requests per second, {suffix}": answers.requests / answers.seconds,
+            f"ms, 50th percentile, {suffix}": answers.p50,
+            f"ms, 99th percentile, {suffix}": answers.p99,
         }
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from bench import images, run, steps
-from bench.contenders import BARE, CONTENDERS, FULL, GOALS, GUIDE, OURS, UV, WORKERS
+from bench import costs, images, run, steps
+from bench.contenders import BARE, CONTENDERS, FULL, GOALS, GUIDE, LOST, OURS, SHORT, UV, WORKERS
 from bench.figures import missed, reached
 
 
@@ -35,14 +35,15 @@ def taken(monkeypatch, tmp_path):
 
     built = {"image": Failing(size=1), "rebuild": Failing(rebuild=1)}
     served = {"observe": Failing(log=True), "measure_round": Failing(served=2), "behind_proxy": Failing(proxied=3)}
-    for module, found in ((images, built), (steps, served)):
+    beside = {"first_answer": Failing(first=4), "record": Failing(record=5), "little_memory": Failing(grown=6)}
+    for module, found in ((images, built), (steps, served), (costs, beside)):
         for name, step in found.items():
             monkeypatch.setattr(module, name, step)
     monkeypatch.setattr(images, "copied", copied)
     monkeypatch.setattr(images, "add_waiting", lambda _: None)
     monkeypatch.setattr(images, "build_wrk", lambda *_: {})
     monkeypatch.setattr(steps, "Wrk", nullcontext)
-    return built | served
+    return built | served | beside
 
 
 def measured(extent=FULL) -> tuple[run.Run, list[int]]:
@@ -98,6 +99,21 @@ def test_round_that_would_end_too_late_is_left_out(taken, monkeypatch):
     assert bench.left_out == [f"round {saved[-1] + 1} of 99, and what follows: it would end after {run.LIMIT} s"]
 
 
+def test_what_is_measured_once_is_of_this_project_and_its_log_beside_uvicorns(taken):
+    bench, _ = measured()
+    found = {
+        measure: {name: len(values) for name, values in bench.figures[measure].items()} for measure in bench.figures
+    }
+    assert found["first"] == found["grown"] == {OURS.name: 1}
+    assert found["record"] == {OURS.name: 1, BARE.name: 1}
+
+
+def test_short_run_says_what_it_does_not_measure(taken):
+    bench, _ = measured(SHORT)
+    assert {"first", "record", "grown"}.isdisjoint(bench.figures)
+    assert [line for line in bench.left_out if "a short run does not measure" in line] == bench.left_out != []
+
+
 def test_run_ends_with_its_table_what_it_left_out_and_each_goal_that_is_missed(taken, monkeypatch, capsys):
     taken["image"].failures[BARE.name] = 2
     monkeypatch.setattr(sys, "argv", ["bench", "--fail=bare_fastapi"])
@@ -117,9 +133,7 @@ def figures_at(share: float) -> dict:
     found = {}
     for goal in GOALS:
         bound = goal.bound * (share if goal.measure.startswith("requests per") else 1 / share)
-        ours = found.setdefault(goal.measure, {}).setdefault(
-            OURS.name, [100] if goal.other else [0 if share >= 1 else 1]
-        )
+        ours = found.setdefault(goal.measure, {}).setdefault(OURS.name, [100] if goal.other else [bound + (share < 1)])
         if goal.other:
             found[goal.measure][goal.other.name] = [ours[0] / bound]
     return found
@@ -132,5 +146,5 @@ def test_goals_are_reached_at_their_bounds_and_missed_beyond():
 
 
 def test_lost_request_of_any_round_counts():
-    (goal,) = [goal for goal in GOALS if goal.other is None]
+    (goal,) = [goal for goal in GOALS if goal.measure == LOST]
     assert reached({goal.measure: {OURS.name: [0, 2, 0]}}, goal) == 2
