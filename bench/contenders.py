@@ -122,7 +122,7 @@ GOALS = (
     Goal(per_cpu_second(ITEM, 64) + BEHIND, GUIDE, 1.7),
     Goal(f"ms, 99th percentile, {under(ITEM, 64)}", GUIDE, 0.45, steady=False),
     Goal(START, GUIDE, 0.4),
-    Goal(WALL, GUIDE, 0.6, steady=False),
+    Goal(WALL, GUIDE, 1, steady=False),
     Goal(READY, GUIDE, 0.62),
     Goal(LOST, None, 0),
     Goal(per_cpu_second(ITEM, 64), BARE, 1),
