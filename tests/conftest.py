@@ -4,14 +4,18 @@ import os
 import shutil
 import subprocess
 import tarfile
+from functools import cache
 from pathlib import Path
 
+import httpx
 import pytest
 
-from tests.harness import PYTHONS, Image, missing, run, write_variant
+from tests.harness import PYTHONS, Image, Process, missing, run, write_variant
 
 
 def pytest_configure(config) -> None:
+    # Each `httpx.get` reads the certificates of every authority again, which takes 20 ms of CPU: here it is done once.
+    pytest.MonkeyPatch().setattr("httpx._transports.default.create_ssl_context", cache(httpx.create_ssl_context))
     config.addinivalue_line("markers", "check: of `make check` alone, since it needs an engine or minutes")
     config.addinivalue_line("markers", "contract: runs test_main.py, so it fails where that does")
 
@@ -32,6 +36,13 @@ def variant(tmp_path):
         return write_variant(tmp_path / "main.py", code)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def service():
+    """`python main.py` with the service of the tests, which they share: each looks at what it caused itself."""
+    with Process(HOTEL_API_URL="http://hotel") as process:  # a variable that is of nobody here
+        yield process
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import asyncio
 import atexit
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import time
 from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -168,8 +170,16 @@ class Process:
             assert self.news.wait_for(lambda: len(self.said(text)) >= count, 60), (text, self.lines)
             return self.said(text)[-1]
 
-    def access(self) -> list[dict]:
-        return [line for line in self.lines if "http.request.method" in line]
+    def mark(self) -> int:
+        """How many lines the log has, once all that happened so far is in it; the last is of a request for this."""
+        count = len(self.said("/items/98 200"))
+        httpx.get(self.url + "/items/98")
+        self.wait_for("/items/98 200", count + 1)
+        return len(self.lines)
+
+    def since(self, mark: int) -> list[dict]:
+        """The lines that came after this mark."""
+        return self.lines[mark : self.mark() - 1]
 
     def __enter__(self):
         wait_until(lambda: self.popen.poll() is not None or answers(self.url))
@@ -231,6 +241,16 @@ def frozen() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="service-"))
     atexit.register(shutil.rmtree, folder)
     return write_variant(folder / "main.py")
+
+
+def load(source: Path) -> ModuleType:
+    """This main.py as a module in this process, as another server imports it; each time a new one."""
+    spec = importlib.util.spec_from_file_location("variant", source)
+    assert spec, source
+    assert spec.loader, source
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # --- A container ---

@@ -4,7 +4,8 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
 
@@ -55,3 +56,22 @@ async def read_root() -> Greeting:
 @app.get("/items/{item_id}", summary="Read an item")
 async def read_item(item_id: int, q: str | None = None) -> Item:
     return Item(item_id=item_id, q=q)
+
+
+@app.get("/broken", include_in_schema=False)
+async def fail() -> None:
+    raise LookupError("the secret inside")
+
+
+@app.get("/half", include_in_schema=False)
+async def fail_amid_the_response() -> StreamingResponse:
+    async def chunks() -> AsyncGenerator[bytes]:
+        yield b"half"
+        raise LookupError
+
+    return StreamingResponse(chunks())
+
+
+@app.post("/size", include_in_schema=False)
+async def read_size(request: Request) -> int:
+    return len(await request.body())

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from tests.harness import LIMITS, Image, Load, answers, each_python, run, wait_until
-from tests.test_servers import LIMIT, ROUTES, TABLE, observe
+from tests.test_servers import LIMIT, TABLE, TRACE, observe
 from tests.test_stop import STUCK
 
 
@@ -239,7 +239,7 @@ def test_container_keeps_what_the_table_of_servers_says(image, variant):
         wait_until(lambda: not container.inspect("State.Running"))
         return container.logs()
 
-    with image.variant(variant(ROUTES)).container(flags=flags) as container:
+    with image.variant(variant(TRACE)).container(flags=flags) as container:
         seen = observe(container.url, terminate, read_log)
     assert seen == {promise: servers["python main.py"] for promise, servers in TABLE.items()}
 

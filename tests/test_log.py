@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from tests.harness import TRACEPARENT, Process, frozen
+from tests.harness import TRACEPARENT, Process, frozen, write_variant
 
 SAYING = """
 import logging, threading, warnings
@@ -31,35 +31,54 @@ async def say():
     shop.info("trace me", extra={"level": "none", "timestamp": "never"}, stack_info=True)
     shop.info("odd", extra={"circle": circle, "raw": b"\\xff", "half": "\\ud83d"})
     threading.Thread(target=lambda: 1 / 0).start()
+    raise LookupError("half a pair: \\ud83d")
+@app.get("/long")
+def say_long() -> None:
+    def say_often(letter: str) -> None:
+        for _ in range(50):
+            logging.getLogger("long").info(letter * 9000)
+    threads = [threading.Thread(target=say_often, args=letter) for letter in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 """
 
 
-def test_every_line_is_json_from_the_first_to_the_last(variant):
-    source = variant(SAYING)
+@pytest.fixture(scope="module")
+def over(tmp_path_factory):
+    """A service that has said all that, and has ended."""
+    source = write_variant(tmp_path_factory.mktemp("log") / "main.py", SAYING)
     with Process(source=source, DRAIN_SECONDS="0") as process:
         httpx.get(process.url + "/say")
+        httpx.get(process.url + "/long", timeout=60)
         process.terminate()
+    return process
+
+
+def test_every_line_is_json_from_the_first_to_the_last(over):
     stamp = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\+00:00")  # RFC 3339, in UTC
-    assert all(stamp.fullmatch(line["timestamp"]) and line["level"] and line["message"] for line in process.lines)
-    assert process.said("mind this")[0]["level"] == "warning"
-    assert process.said("trace me")[0]["level"] == "info"
-    assert "Stack" in process.said("trace me")[0]["code.stacktrace"]
+    assert all(stamp.fullmatch(line["timestamp"]) and line["level"] and line["message"] for line in over.lines)
+    assert over.said("mind this")[0]["level"] == "warning"
+    assert over.said("trace me")[0]["level"] == "info"
+    assert "Stack" in over.said("trace me")[0]["code.stacktrace"]
     for odd in ("b'\\xff'", "\\ud83d", "{'circle': {...}}"):  # what is no JSON is shown all the same
-        assert odd in process.said("odd")[0].values()
-    assert all(line["message"] == line["message"].strip() for line in process.lines)
-    assert process.said("sold 3")[0]["customer"] == "x"
-    assert process.said("sold 3")[0]["share"] == "NaN"
-    assert f"'%d' at {source}:" in process.said("Cannot log")[0]["message"]
-    assert "no repr" in process.said("shy")[0]["shy"]
-    assert process.said("half a pair: \\ud83d")
-    assert [line["exception.type"] for line in process.said("Uncaught exception")] == ["ZeroDivisionError"]
-    assert process.lines[-1]["message"].startswith("Finished server process")
+        assert odd in over.said("odd")[0].values()
+    assert all(line["message"] == line["message"].strip() for line in over.lines)
+    assert over.said("sold 3")[0]["customer"] == "x"
+    assert over.said("sold 3")[0]["share"] == "NaN"
+    assert "'%d' at /" in over.said("Cannot log")[0]["message"]
+    assert "no repr" in over.said("shy")[0]["shy"]
+    assert over.said("half a pair: \\ud83d")
+    (broken,) = over.said("Exception in ASGI application")
+    assert broken["exception.stacktrace"].endswith("LookupError: half a pair: \\ud83d")
+    assert [line["exception.type"] for line in over.said("Uncaught exception")] == ["ZeroDivisionError"]
+    assert over.lines[-1]["message"].startswith("Finished server process")
 
 
-def test_print_prints_what_it_is_told(variant):
-    with Process(source=variant('@app.get("/print")\nasync def say() -> None:\n    print("a", 1)')) as process:
-        httpx.get(process.url + "/print")
-        assert process.wait_for("a 1") == {"message": "a 1"}
+def test_lines_of_several_threads_stay_whole(over):
+    said = [line["message"] for line in over.lines if line["logger"] == "long"]
+    assert [said.count(letter * 9000) for letter in "ab"] == [50, 50]
 
 
 def test_import_that_fails_ends_the_start_with_pythons_traceback(variant):
@@ -91,7 +110,7 @@ async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
     yield
 app.router.lifespan_context = lifespan
 """
-    process = Process("--workers", workers, source=variant(LIFESPAN + code))
+    process = Process("--workers", workers, "--timeout-worker-healthcheck=2", source=variant(LIFESPAN + code))
     assert process.end() == (3 if workers == "1" else 0)  # as by `uvicorn --workers`
     assert process.said("no database")
 
@@ -117,13 +136,16 @@ def test_terminal_gets_uvicorns_own_lines():
     assert "{" not in text
 
 
-def test_access_line_says_what_happened():
-    with Process() as process:
-        httpx.get(process.url + "/items/5?q=secret")
-        httpx.head(process.url + "/")
-        httpx.get(process.url + "/nothing")
-        process.wait_for("GET /nothing 404")
-    get, head, missing = process.access()
+def access(lines: list[dict]) -> list[dict]:
+    return [line for line in lines if "http.request.method" in line]
+
+
+def test_access_line_says_what_happened(service):
+    start = service.mark()
+    httpx.get(service.url + "/items/5?q=secret")
+    httpx.head(service.url + "/")
+    httpx.get(service.url + "/nothing")
+    get, head, missing = access(service.since(start))
     assert get.pop("timestamp")
     assert get.pop("http.server.request.duration") > 0
     assert get == {
@@ -142,48 +164,35 @@ def test_access_line_says_what_happened():
     assert missing["http.route"] is None
 
 
-def test_access_line_has_the_whole_template_of_an_included_route(variant):
-    source = variant("""
-from fastapi import APIRouter
-router = APIRouter(prefix="/books")
-@router.get("/{isbn}")
-async def read_book(isbn: str) -> str:
-    return isbn
-app.include_router(router, prefix="/v1")
-""")
-    with Process(source=source) as process:
-        httpx.get(process.url + "/v1/books/9")
-        assert process.wait_for("GET /v1/books/9 200")["http.route"] == "/v1/books/{isbn}"
-
-
-def test_access_line_is_one_a_request_and_none_for_a_probe_that_succeeds():
-    with Process() as process, httpx.Client(base_url=process.url) as client:
+def test_access_line_is_one_a_request_and_none_for_a_probe_that_succeeds(service):
+    start = service.mark()
+    with httpx.Client(base_url=service.url) as client:
         for path in ("/livez", "/readyz", "/", "/livez", "/", "/last"):
             client.get(path)
-        process.wait_for("GET /last 404")
-    assert [line["url.path"] for line in process.access()] == ["/", "/", "/last"]
+    assert [line["url.path"] for line in access(service.since(start))] == ["/", "/", "/last"]
 
 
-def test_log_level_holds_for_every_logger(variant):
-    source = variant("""
+LEVELS = """
 @app.get("/levels")
 async def levels() -> None:
     for level in ("debug", "info", "warning"):
         getattr(logging.getLogger("shop"), level)("said at %s", level)
-""")
-    for switch, levels in ("debug", ["debug", "info", "warning"]), ("warning", ["warning"]):
-        with Process("--log-level", switch, source=source) as process:
-            httpx.get(process.url + "/levels")
-            process.wait_for("said at warning")
-        assert [line["level"] for line in process.said("said at")] == levels
+"""
 
 
-@pytest.mark.parametrize("switch", ["--no-access-log", "--log-level=warning"])
-def test_access_log_obeys_uvicorns_switches(switch):
-    with Process(switch, DRAIN_SECONDS="0") as process:
-        httpx.get(process.url)
+@pytest.mark.parametrize(
+    ("switches", "levels"),
+    [
+        (("--log-level=debug", "--no-access-log"), ["debug", "info", "warning"]),
+        (("--log-level=warning",), ["warning"]),
+    ],
+)
+def test_log_level_holds_for_every_logger_and_either_switch_ends_the_access_log(variant, switches, levels):
+    with Process(*switches, source=variant(LEVELS), DRAIN_SECONDS="0") as process:
+        httpx.get(process.url + "/levels")
         process.terminate()
-    assert not process.access()
+    assert [line["level"] for line in process.said("said at")] == levels
+    assert not access(process.lines)
 
 
 @pytest.mark.parametrize(
@@ -197,28 +206,28 @@ def test_access_log_obeys_uvicorns_switches(switch):
         ("", (None, None)),
     ],
 )
-def test_trace_ids_come_from_a_valid_traceparent_alone(header, ids):
-    with Process() as process, httpx.Client(base_url=process.url) as client:
+def test_trace_ids_come_from_a_valid_traceparent_alone(service, header, ids):
+    start = service.mark()
+    with httpx.Client(base_url=service.url) as client:
         client.get("/", headers=[("traceparent", value) for value in header.split(", ")])
         client.get("/after")  # on the same connection, without the header
-        process.wait_for("GET /after")
-    first, second = process.access()
+    first, second = access(service.since(start))
     assert (first.get("trace_id"), first.get("span_id")) == ids
     assert "trace_id" not in second
 
 
-def test_trace_ids_do_not_leak_to_the_next_request_in_a_pipeline():
-    with Process() as process, socket.create_connection(("127.0.0.1", urlsplit(process.url).port)) as connection:
+def test_trace_ids_do_not_leak_to_the_next_request_in_a_pipeline(service):
+    start = service.mark()
+    with socket.create_connection(("127.0.0.1", urlsplit(service.url).port)) as connection:
         first = f"GET / HTTP/1.1\r\nHost: a\r\ntraceparent: {TRACEPARENT}\r\n\r\n"
-        connection.sendall(first.encode() + b"GET /after HTTP/1.1\r\nHost: a\r\n\r\n")
-        process.wait_for("GET /after")
-    assert ["trace_id" in line for line in process.access()] == [True, False]
+        connection.sendall(first.encode() + b"GET /pipelined HTTP/1.1\r\nHost: a\r\n\r\n")
+        service.wait_for("GET /pipelined")
+    assert ["trace_id" in line for line in access(service.since(start))] == [True, False]
 
 
-def test_path_forges_no_line():
-    with Process() as process:
-        httpx.get(process.url + "/%0A%7B%22level%22%3A%22critical%22%7D%0D%1B[31m%E2%80%A8")
-        line = process.wait_for("critical")
+def test_path_forges_no_line(service):
+    httpx.get(service.url + "/%0A%7B%22level%22%3A%22critical%22%7D%0D%1B[31m%E2%80%A8")
+    line = service.wait_for("critical")
     assert line["level"] == "info"
     assert line["url.path"] == '/\n{"level":"critical"}\r\x1b[31m\u2028'
 
@@ -237,29 +246,6 @@ def test_closed_output_stops_no_service():
         assert httpx.get(process.url).status_code == 200
 
 
-LONG = """
-@app.get("/long")
-def say() -> None:
-    def say_often(letter: str) -> None:
-        for _ in range(50):
-            logging.getLogger("long").info(letter * 9000)
-    threads = [threading.Thread(target=say_often, args=letter) for letter in "ab"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-"""
-
-
-def test_lines_of_several_threads_stay_whole(variant):
-    with Process(source=variant(LONG), DRAIN_SECONDS="0") as process:
-        httpx.get(process.url + "/long", timeout=60)
-        process.terminate()
-    said = [line["message"] for line in process.lines if line.get("logger") == "long"]
-    assert all("level" in line for line in process.lines)
-    assert [said.count(letter * 9000) for letter in "ab"] == [50, 50]
-
-
 OUTPUT = """
 import contextlib, faulthandler, io, subprocess, sys
 faulthandler.enable()
@@ -273,6 +259,9 @@ def output() -> str:
         logging.getLogger("shop").info("logged meanwhile")
     subprocess.run(["echo", "said by a child"], stdout=sys.stdout, stderr=sys.stderr, check=True)
     return errors.getvalue() + text.getvalue()
+@app.get("/print")
+async def say() -> None:
+    print("a", 1)
 """
 
 
@@ -282,6 +271,8 @@ def test_stdout_is_stdout(variant):
         process.wait_for("GET /output 200")
         assert [len(process.said(text)) for text in ("printed", "said by a child", "logged meanwhile")] == [1, 1, 1]
         assert not process.said("redirected")
+        httpx.get(process.url + "/print")
+        assert process.wait_for("a 1") == {"message": "a 1"}
 
 
 REPLACED = """
@@ -309,8 +300,6 @@ def test_stdout_that_is_replaced_takes_what_is_printed_and_leaves_the_log_as_it_
 
 TAKEN_OVER = """
 import logging, logging.config, warnings
-def take_over():
-    {what}
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
     {in_lifespan}
@@ -322,25 +311,24 @@ async def say() -> None:
     logging.getLogger("shop").warning("sold")
     warnings.warn("mind this")
 """
-BASIC = "logging.basicConfig(force=True, level='DEBUG', format='mine %(message)s')"
 DICT = "logging.config.dictConfig(dict(version=1, root=dict(level='INFO')))"
+BASIC = "logging.basicConfig(force=True, level='DEBUG', format='mine %(message)s')"
 WARNINGS = "warnings.simplefilter('always')"
 
 
 @pytest.mark.parametrize(
-    ("what", "when", "falls"),
+    ("at_import", "in_lifespan", "falls"),
     [
-        (BASIC, "at_import", set()),
-        (DICT, "at_import", set()),
-        (WARNINGS, "at_import", set()),
-        (BASIC, "in_lifespan", {"sold", "mind this"}),
-        (DICT, "in_lifespan", {"sold", "mind this", "GET /say 200"}),
-        (WARNINGS, "in_lifespan", set()),
+        (f"{DICT}; {BASIC}; {WARNINGS}", WARNINGS, set()),
+        ("", BASIC, {"sold", "mind this"}),
+        ("", DICT, {"sold", "mind this", "GET /say 200"}),
     ],
 )
-def test_log_stands_what_a_library_does_to_it_at_import_and_names_what_falls_later(variant, what, when, falls):
-    calls = {"at_import": "", "in_lifespan": ""} | {when: "take_over()"}
-    with Process(source=variant(TAKEN_OVER.format(what=what, **calls)), DRAIN_SECONDS="0") as process:
+def test_log_stands_what_a_library_does_to_it_at_import_and_names_what_falls_later(
+    variant, at_import, in_lifespan, falls
+):
+    source = variant(TAKEN_OVER.format(at_import=at_import, in_lifespan=in_lifespan))
+    with Process(source=source, DRAIN_SECONDS="0") as process:
         httpx.get(process.url + "/say")
         process.terminate()
     whole = {

@@ -37,9 +37,6 @@ BOUNDS = (0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)  # of the buckets from which quan
 
 SERVICE = """
 import asyncio
-@app.get("/broken")
-async def broken() -> None:
-    raise LookupError
 @app.get("/slow")
 async def slow() -> None:
     await asyncio.sleep(0.3)

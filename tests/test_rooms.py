@@ -75,7 +75,7 @@ def test_other_routes_in_main_py_turn_nothing_red_but_test_main_py(tmp_path):
     shutil.copytree(HERE, tmp_path, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__"), dirs_exist_ok=True)
     (tmp_path / ".venv").symlink_to(HERE / ".venv")
     (tmp_path / "main.py").write_text(with_service(OTHERS))
-    pytest_ = (sys.executable, "-m", "pytest", "-W", "error", "-p", "no:cacheprovider")
+    pytest_ = (sys.executable, "-m", "pytest", "-W", "error", "-p", "no:cacheprovider", "--numprocesses=2")
 
     def failed(*arguments: str) -> list[str]:
         result = subprocess.run([*pytest_, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -14,14 +14,7 @@ import pytest
 
 from tests.harness import HERE, TRACEPARENT, UV, Process, answers, free_port, wait_until, write_variant
 
-ROUTES = """
-from fastapi import Request
-@app.get("/broken")
-async def broken() -> None:
-    raise LookupError
-@app.post("/body")
-async def read_body(request: Request) -> int:
-    return len(await request.body())
+TRACE = """
 @app.get("/trace")
 async def read_trace() -> str:
     return trace.format_trace_id(trace.get_current_span().get_span_context().trace_id)
@@ -50,7 +43,7 @@ def say(promise: bool) -> str:
 def ask(client) -> dict[str, str]:
     """What the answers to a client show; the client is httpx's, or Starlette's for tests."""
     broken = client.get("/broken")
-    sizes = [client.post("/body", content=bytes(size)).status_code for size in (LIMIT, LIMIT + 1)]
+    sizes = [client.post("/size", content=bytes(size)).status_code for size in (LIMIT, LIMIT + 1)]
     first = client.get("/")
     return {
         "probes /livez, /readyz": say([client.get(path).status_code for path in ("/livez", "/readyz")] == [200, 200]),
@@ -94,7 +87,7 @@ def observe(url: str, terminate: Callable[[], object], read_log: Callable[[], li
 def observe_process(command: tuple[str | Path, ...], source: str, *arguments: str) -> dict[str, str]:
     """What a server keeps that this command starts; FOLDER and PORT stand for those of the service."""
     with TemporaryDirectory() as folder:
-        write_variant(Path(folder) / "main.py", ROUTES)
+        write_variant(Path(folder) / "main.py", TRACE)
         port = str(free_port())
         process = Process(
             *(argument.replace("FOLDER", folder).replace("PORT", port) for argument in arguments),
@@ -136,7 +129,7 @@ print(json.dumps(seen))
 
 def observe_test_client() -> dict[str, str]:
     with TemporaryDirectory() as folder:
-        write_variant(Path(folder) / "main.py", ROUTES)
+        write_variant(Path(folder) / "main.py", TRACE)
         environment = {"VIRTUAL_ENV": sys.prefix, "PYTHONPATH": f"{folder}:{HERE}", "MAX_BODY_BYTES": str(LIMIT)}
         result = subprocess.run(
             [*TOOL, "--with", "httpx2", "python", "-c", TESTED],

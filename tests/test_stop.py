@@ -157,24 +157,24 @@ def test_own_handler_of_sigterm_has_the_last_word(variant):
         assert httpx.get(process.url + "/readyz").status_code == 200
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_child_of_the_service_ends_by_itself_and_the_service_serves_on(variant, method):
-    source = variant(f"""
+def test_child_of_the_service_ends_by_itself_and_the_service_serves_on(variant):
+    source = variant("""
 import logging, multiprocessing
 def work() -> None:
     logging.getLogger("child").info("the child has worked")
 def wait(begun) -> None:
     begun.set()
     time.sleep(3600)
-context = multiprocessing.get_context({method!r})
-@app.get("/work")
-async def start_work() -> int:
+@app.get("/work/{method}")
+async def start_work(method: str) -> int:
+    context = multiprocessing.get_context(method)
     process = context.Process(target=work)
     process.start()
     await asyncio.to_thread(process.join)
     return process.exitcode
-@app.get("/wait")
-async def start_wait() -> int:
+@app.get("/wait/{method}")
+async def start_wait(method: str) -> int:
+    context = multiprocessing.get_context(method)
     begun = context.Event()
     process = context.Process(target=wait, args=(begun,))
     process.start()
@@ -186,9 +186,10 @@ async def start_wait() -> int:
     return exitcode
 """)
     with Process(source=source, DRAIN_SECONDS="3600") as process:
-        assert httpx.get(process.url + "/work", timeout=60).json() == 0
-        assert process.wait_for("the child has worked")["logger"] == "child"
-        assert httpx.get(process.url + "/wait", timeout=60).json() in {-signal.SIGTERM, 0}
+        for count, method in enumerate(("fork", "spawn"), 1):
+            assert httpx.get(f"{process.url}/work/{method}", timeout=60).json() == 0
+            assert process.wait_for("the child has worked", count)["logger"] == "child"
+            assert httpx.get(f"{process.url}/wait/{method}", timeout=60).json() in {-signal.SIGTERM, 0}
         assert httpx.get(process.url + "/readyz").status_code == 200
     assert not process.said("Shutting down")
 

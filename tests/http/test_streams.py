@@ -1,0 +1,103 @@
+"""What clients get on the wire of WebSockets, of streams, and of responses in packets."""
+
+import socket
+import struct
+
+import pytest
+
+from tests.harness import Process, wait_until
+from tests.http.wire import BODIES, GET, Client, get, request
+
+HANDSHAKE = (
+    b"Connection: Upgrade",
+    b"Upgrade: websocket",
+    b"Sec-WebSocket-Version: 13",
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+)
+WS = b"GET /ws HTTP/1.1"
+
+
+@pytest.mark.parametrize("fields", [(), (b"Content-Length: 0",)], ids=["no length", "a length of zero"])
+def test_handshake_is_answered_and_a_client_that_leaves_its_websocket_is_no_error(sockets, fields):
+    for is_abrupt in (True, False):
+        client = Client(sockets)
+        client.send(request(WS, *HANDSHAKE, *fields))
+        assert client.head()[0] == 101
+        client.send(b"\x81\x82\0\0\0\0hi")
+        assert client.file.read(4) == b"\x81\x02hi"
+        client.leave() if is_abrupt else client.__exit__()
+
+
+@pytest.mark.parametrize("packets", [1, 2])
+@pytest.mark.parametrize("body", ["a length", "chunks"])
+def test_handshake_with_a_body_is_refused(sockets, body, packets):
+    fields, data, _ = BODIES[body]
+    head = request(WS, *HANDSHAKE, fields.removesuffix(b"\r\n"))
+    with Client(sockets) as client:
+        client.send(head + data) if packets == 1 else client.send(head, data)
+        assert client.statuses() == [400]
+    assert int(get(sockets, "/runs")) == 0
+
+
+def test_handshake_does_not_come_before_the_response_to_an_earlier_request(sockets):
+    with Client(sockets) as client:
+        client.send(b"GET /wait/handshake HTTP/1.1\r\nHost: a\r\n\r\n" + request(WS, *HANDSHAKE))
+        sockets.wait_for("Invalid HTTP request received.")
+        get(sockets, "/open/handshake")
+        assert client.statuses() == [200]
+
+
+def packets_received(client: Client) -> int:
+    """tcpi_data_segs_in of Linux' tcp_info."""
+    (count,) = struct.unpack_from("I", client.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160), 152)
+    return count
+
+
+def test_response_is_one_packet(patient):
+    with Client(patient) as client:
+        client.send(GET)
+        client.answer()
+        assert packets_received(client) == 1
+        client.send(request(b"POST /size HTTP/1.1", b"Expect: 100-continue", b"Content-Length: 3"))
+        assert client.head()[0] == 100
+        client.send(b"abc")
+        assert client.answer().body == b"3"
+        assert packets_received(client) == 3
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_response_does_not_wait_for_a_background_task_that_blocks(patient, tmp_path, method):
+    with Client(patient) as client:
+        client.send(f"{method} /blocks-afterwards?file={tmp_path}/end HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        try:
+            assert client.answer(has_body=method == "GET").status == 200
+        finally:
+            (tmp_path / "end").touch()
+
+
+def test_first_piece_of_a_stream_does_not_wait_for_the_second(patient):
+    with Client(patient) as client:
+        client.send(b"GET /stream/second HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert client.head()[0] == 200
+        assert client.chunk() == b"first\n"
+        get(patient, "/open/second")
+        assert client.chunk() == b"last\n"
+
+
+@pytest.fixture(params=["uvloop", "asyncio"])
+def loop(request, source, patient):
+    """The service on each kind of event loop; the default is uvloop's."""
+    if request.param == "uvloop":
+        yield patient
+        return
+    with Process("--loop", request.param, source=source) as process:
+        yield process
+
+
+def test_stream_waits_for_a_client_that_does_not_read(loop):
+    before = int(get(loop, "/made"))
+    with Client(loop) as client:
+        client.send(b"GET /endless HTTP/1.1\r\nHost: a\r\n\r\n")
+        client.head()
+        wait_until(lambda: get(loop, "/made") == get(loop, "/made"), 30)
+        assert 0 < int(get(loop, "/made")) - before < 100
