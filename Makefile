@@ -5,15 +5,14 @@ ENGINE      ?= $(eval ENGINE := $(shell for e in docker podman; do $$e info >/de
 PORT        ?= 8000
 URL         ?= http://127.0.0.1:$(PORT)
 BASE_PYTHON ?= $(shell sed -n 's/^ARG PYTHON=//p' Dockerfile)
-PLATFORM    ?=
 RUN_FLAGS   ?= --read-only --tmpfs /tmp:size=64m --init --cap-drop ALL --security-opt no-new-privileges --memory 128m \
                --pids-limit 256 --restart unless-stopped --sysctl net.ipv4.ip_unprivileged_port_start=0
-TESTS       ?= $(wildcard test_main.py tests bench)
+TESTS       ?= test_main.py
 LOCK        ?= requirements.txt
 
 # Tools, all at these versions: uv is installed beside the service's packages and runs the others.
 UV_VERSION := 0.13.9
-DEV        := pytest==9.2.0 pytest-xdist==3.8.0
+DEV        := pytest==9.2.0
 UV         := .venv/bin/uv
 RUFF       := $(UV) tool run ruff@0.17.6
 TY         := $(UV) tool run ty@0.0.105
@@ -31,11 +30,7 @@ LABELS   = title=$(NAME) version=$(VERSION) $(addprefix revision=,$(REVISION)) $
            $(addprefix created=,$(shell git log -1 --format=%cI 2>/dev/null)) base.name=$(BASE) base.digest=$(DIGEST)
 BUILD    = $(addprefix SOURCE_DATE_EPOCH=,$(shell git log -1 --format=%ct 2>/dev/null)) $(ENGINE) build \
            --build-arg PYTHON=$(BASE_PYTHON) $(addprefix --label org.opencontainers.image.,$(LABELS)) \
-           $(if $(findstring podman,$(ENGINE)),--format docker) $(addprefix --platform ,$(PLATFORM)) $(SECRETS)
-
-# Files that pip reads during the build and no layer holds: `make build NETRC=~/.netrc PIP_CONF=pip.conf CA_CERT=ca.pem`.
-SECRETS  = $(foreach name,NETRC PIP_CONF CA_CERT,$(addprefix --secret src=,$(addsuffix $(COMMA)id=$(name),$($(name)))))
-COMMA   := ,
+           $(if $(findstring podman,$(ENGINE)),--format docker) $(BUILD_FLAGS)
 
 # What `make run` started, in a container or on this host.
 RUNNING = $(if $(ENGINE),$(ENGINE) inspect $(NAME),kill -0 "$$(cat .venv/pid 2>/dev/null)") >/dev/null 2>&1
@@ -79,7 +74,7 @@ smoke: .venv/ready ## Test what answers at URL against the contract in test_main
 dev: .venv/ready ## Serve main.py on this host, and again after each change
 	@.venv/bin/python main.py --reload --port $(PORT)
 test: .venv/ready ## Test the contract, and what a process alone can show, on this host without an engine
-	@$(PYTEST) --numprocesses auto --maxprocesses 8 --dist loadfile -m "not check" $(TESTS)
+	@$(PYTEST) $(TESTS)
 lint: .venv/ready ## Check style and types, and the Dockerfile
 	$(RUFF) check $(STYLE) . && $(RUFF) format $(STYLE) --check .
 	$(TY) check --python .venv --extra-search-path . . && $(HADOLINT) $(wildcard Dockerfile */*/Dockerfile)

@@ -1,3 +1,10 @@
+# For another platform than this machine's; and files that pip reads during the build and no layer holds:
+# `make build NETRC=~/.netrc PIP_CONF=pip.conf CA_CERT=ca.pem`.
+PLATFORM    ?=
+SECRETS      = $(foreach name,NETRC PIP_CONF CA_CERT,$(addprefix --secret src=,$(addsuffix $(COMMA)id=$(name),$($(name)))))
+COMMA       := ,
+BUILD_FLAGS += $(addprefix --platform ,$(PLATFORM)) $(SECRETS)
+
 # What a release pushes, and the digests of its images, without those of what attests them, which holds the time.
 PLATFORMS ?= linux/amd64,linux/arm64
 ATTEST    ?= --provenance=mode=max --sbom=true

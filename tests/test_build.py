@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.server
 import re
+import shutil
 import ssl
 import tarfile
 import threading
@@ -129,13 +130,14 @@ def blobs(archive: Path):
 def test_private_index_with_a_password_and_an_authority_of_its_own_leaves_no_trace(engine, index, tmp_path):
     port, digest = index
     folder = tmp_path / "project"
-    folder.mkdir()
+    (folder / "deploy").mkdir(parents=True)
+    shutil.copy2(HERE / "deploy/image.mk", folder / "deploy")
     with (copy_five(folder) / "requirements.txt").open("a") as lock:
         lock.write(f"private==1.0 --hash=sha256:{digest}\n")
     (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login me password {PASSWORD}\n")
     (tmp_path / "pip.conf").write_text(f"[global]\nextra-index-url = https://127.0.0.1:{port}/simple/\n")
     name = f"{NAME}-private"
-    host = f"BUILD={engine} build --network host $(SECRETS)"  # where the index is
+    host = "BUILD_FLAGS=--network host $(SECRETS)"  # where the index is
     knobs = (f"ENGINE={engine}", f"IMAGE={name}", host, f"PIP_CONF={tmp_path}/pip.conf", f"CA_CERT={tmp_path}/ca.pem")
     assert make("build", *knobs, folder=folder)[0] != 0  # without the password
     status, output = make("build", *knobs, f"NETRC={tmp_path}/netrc", folder=folder)

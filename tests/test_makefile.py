@@ -13,6 +13,10 @@ def test_make_alone_prints_targets_in_sections_each_with_a_sentence():
     assert {line for line in lines if line and not line.startswith("  make ")} >= {"The container", "Development"}
 
 
+def test_makefile_of_the_five_files_is_short():
+    assert len((HERE / "Makefile").read_text().splitlines()) < 100
+
+
 def test_labels_say_that_a_tree_is_dirty_and_nothing_of_a_commit_where_there_is_none(tmp_path):
     def labels() -> str:
         return make("--dry-run", "build", "ENGINE=true", folder=tmp_path)[1]
@@ -38,10 +42,17 @@ def test_edit_of_test_main_py_sets_nothing_up_again(tmp_path):
     assert "python3 -m venv .venv" in make("--dry-run", ".venv/ready", folder=tmp_path)[1]
 
 
+def nothing_runs(target: str, engine: str, where: str = "") -> bool:
+    status, output = make(target, f"ENGINE={engine}", "NAME=nothing-of-that-name")
+    return (status, output.splitlines()[0]) == (2, f"Nothing runs{where}: `make run` starts it.")
+
+
 @pytest.mark.contract
 def test_make_run_without_an_engine_serves_on_this_host():
+    for target in ("stop", "logs"):
+        assert nothing_runs(target, "")
     port = f"PORT={free_port()}"
-    status, output = make("run", "ENGINE=", port)
+    status, output = make("run", "ENGINE=", "DRAIN_SECONDS=0", port)
     try:
         assert (status, "No container engine answers" in output) == (0, True), output
         assert make("smoke", port)[0] == 0
@@ -61,12 +72,8 @@ def test_make_run_names_a_port_that_is_none(port):
 
 
 @pytest.mark.parametrize("target", ["stop", "logs"])
-@pytest.mark.parametrize(
-    ("engine", "where"), [("", ""), ("no-such-engine", " in no-such-engine as nothing-of-that-name")]
-)
-def test_make_says_that_nothing_runs(target, engine, where):
-    status, output = make(target, f"ENGINE={engine}", "NAME=nothing-of-that-name")
-    assert (status, output.splitlines()[0]) == (2, f"Nothing runs{where}: `make run` starts it.")
+def test_make_says_that_nothing_runs(target):
+    assert nothing_runs(target, "no-such-engine", " in no-such-engine as nothing-of-that-name")
 
 
 @pytest.mark.parametrize("port", ["1", "abc"])
