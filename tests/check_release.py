@@ -46,6 +46,7 @@ def test_release_is_found_by_its_digest_alone_until_it_is_tagged(engine, release
 
 
 @pytest.mark.check
+@pytest.mark.contract
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_release_runs_once_pulled(engine, released, platform):
     _, digest = released

@@ -31,6 +31,7 @@ def arm64(engine):
     return Image(engine, PYTHONS[0], name, f"--platform={PLATFORM}")
 
 
+@pytest.mark.contract
 def test_arm64_image_holds_the_contract_under_strict_settings_and_stops_cleanly(arm64):
     with arm64.container(flags=("--tmpfs=/tmp", "--memory=256m", "--stop-timeout=60"), ready=False) as container:
         wait_until(lambda: answers(container.url), 300)  # which emulation takes

@@ -206,7 +206,7 @@ def test_container_serves_and_drains_after_the_reader_of_its_log_has_gone(image)
 def test_container_measures_and_drains_as_before_when_the_clock_is_set_back(image):
     name = f"{NAME}-clock"
     run("docker", "build", "--tag", name, "-", input=FAKETIME.format(python=image.python, image=image.name))
-    with served(Image("docker", image.python, name), flags=(WRITABLE,)) as (container, url):
+    with served(Image("docker", image.python, name, *image.flags), flags=(WRITABLE,)) as (container, url):
         load = under_load(url, lambda _: container.python_says(SET_BACK))
         assert container.inspect("RestartCount") == 0
         status, seconds = container.stop()
