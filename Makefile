@@ -95,5 +95,5 @@ base: engine # First, since the labels name its digest.
 .venv/ready: requirements.txt Makefile
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: python3 is older.")'
 	python3 -m venv .venv && .venv/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(UV) pip install --quiet --python .venv --requirements requirements.txt $(DEV)
+	$(UV) pip install --quiet --compile-bytecode --python .venv --requirements requirements.txt $(DEV)
 	@touch $@

@@ -1,14 +1,16 @@
 """What the settings promise: a wrong one ends the start with a sentence, and flags win over variables."""
 
+import json
 import os
 import socket
+import sys
 from unittest.mock import patch
 
 import httpx
 import pytest
 
 import main
-from tests.harness import Process, free_port, frozen, load
+from tests.harness import Process, free_port, frozen, load, write_variant
 
 SECRET = """
 class Settings(BaseModel):
@@ -65,27 +67,64 @@ def in_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("environment", "arguments", "names"),
-    [
-        ({"DRAIN_SECONDS": "abc"}, [], ["DRAIN_SECONDS=abc", "valid number"]),
-        ({"TOKEN": "s3cret"}, [], ["TOKEN: ", "valid integer"]),
-        ({"UVICORN_PORT": "tcp://10.0.0.1:80"}, [], ["--port", "'tcp://10.0.0.1:80'", "valid integer"]),
-        ({}, ["--log-level", "loud"], ["--log-level", "'loud'", "'info'"]),
-        ({}, ["--prot", "80"], ["--prot", "--port"]),
-        ({}, ["nonsense"], ["nonsense"]),
-        ({}, ["--header", "nonsense", "--workers", "2"], ["--header", "'nonsense'"]),
-        ({"UVICORN_SSL_CERTFILE": "nonsense"}, ["--workers", "2"], ["--ssl-certfile", "'nonsense'"]),
-    ],
-)
-def test_bad_setting_or_option_ends_the_start_with_one_sentence_that_names_it(variant, environment, arguments, names):
-    process = Process(*arguments, source=variant(SECRET), **environment)
-    assert process.end() == 1
-    (line,) = process.lines
-    assert line["level"] == "critical"
+REFUSED = [
+    ({"DRAIN_SECONDS": "abc"}, [], ["DRAIN_SECONDS=abc", "valid number"]),
+    ({"TOKEN": "s3cret"}, [], ["TOKEN: ", "valid integer"]),
+    ({"UVICORN_PORT": "tcp://10.0.0.1:80"}, [], ["--port", "'tcp://10.0.0.1:80'", "valid integer"]),
+    ({}, ["--log-level", "loud"], ["--log-level", "'loud'", "'info'"]),
+    ({}, ["--prot", "80"], ["--prot", "--port"]),
+    ({}, ["nonsense"], ["nonsense"]),
+    ({}, ["--header", "nonsense"], ["--header", "'nonsense'"]),
+    ({}, ["--header", "nonsense", "--workers", "2"], ["--header", "'nonsense'"]),
+    ({"UVICORN_SSL_CERTFILE": "nonsense"}, ["--workers", "2"], ["--ssl-certfile", "'nonsense'"]),
+]
+# Starts main.py again and again, since the packages that it imports take most of a start.
+STARTS = """
+import json, logging, os, runpy, sys
+source, starts = sys.argv[1:]
+clean = dict(os.environ)
+for environment, arguments in json.loads(starts):
+    os.environ.clear()
+    os.environ.update(clean | environment)
+    sys.argv = [source, *arguments]
+    try:
+        runpy.run_path(source, run_name="__main__")
+    except SystemExit as end:
+        logging.shutdown()
+        print(json.dumps({"message": "the end", "status": end.code}), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory) -> list[list[dict]]:
+    """What each of these starts says; in its last line, how it ends."""
+    source = write_variant(tmp_path_factory.mktemp("refused") / "main.py", SECRET)
+    starts = json.dumps([start for *start, _ in REFUSED])
+    process = Process(starts, command=(sys.executable, "-c", STARTS), source=source)
+    process.end()
+    said: list[list[dict]] = [[]]
+    for line in process.lines:
+        said[-1].append(line)
+        if "status" in line:
+            said.append([])
+    return said
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED)))
+def test_bad_setting_or_option_ends_the_start_with_one_sentence_that_names_it(refused, number):
+    line, end = refused[number]
+    *_, names = REFUSED[number]
+    assert (line["level"], end["status"]) == ("critical", 1)
     assert all(name in line["message"] for name in names), line
     assert "s3cret" not in str(line)
     assert "exception.stacktrace" not in line
+
+
+def test_start_that_ends_with_a_sentence_has_failed():
+    process = Process("--header", "nonsense")
+    assert process.end() == 1
+    (line,) = process.lines
+    assert line["level"] == "critical"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--workers", "2"]])
