@@ -91,9 +91,13 @@ def missing(reason: str) -> NoReturn:
 
 
 def free_port() -> int:
-    """A TCP port of this host that nobody listens on, below those that the kernel gives to outgoing connections."""
+    """A TCP port of this host that nobody listens on, below those that the kernel gives to outgoing connections.
+
+    Each process of pytest has ports of its own, since one that is free is not yet taken.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
-        port = random.randrange(20000, 32768)
+        port = random.randrange(20000 + worker, 32768, 16)
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
 
