@@ -507,7 +507,8 @@ class Lifecycle:
     def on_sigterm(self, *_: Any) -> None:
         """Begin the drain, or end the process at once before it has started, since nothing is served yet."""
         if self.is_starting:
-            logging.shutdown()
+            if json_lines:
+                json_lines.flush()
             os._exit(128 + signal.SIGTERM)  # as an exception the start could catch it
         if self.loop is None:
             self.stop_server()
