@@ -137,8 +137,8 @@ IS_OURS = __name__ in {"__main__", "__mp_main__"}  # this is `python main.py` or
 class JsonLines:
     """Writes JSON to stdout, an object a line, from a thread: whoever adds one never waits for the reader of the log.
 
-    The thread writes every 10 ms. While the reader makes no room, `MAX_WAITING` bytes wait; of what comes beyond, a later
-    line says how many were lost.
+    The thread writes every 50 ms, no oftener, since it interrupts the event loop. While the reader makes no room,
+    `MAX_WAITING` bytes wait; of what comes beyond, a later line says how many were lost.
     """
 
     MAX_WAITING = 1_000_000
@@ -183,7 +183,7 @@ class JsonLines:
     def write_forever(self) -> None:
         reported = 0
         while self.has_lines.wait():
-            time.sleep(0.01)
+            time.sleep(0.05)
             self.has_lines.clear()
             data = b"".join([self.lines.popleft() for _ in range(len(self.lines))])
             self.write(data)
