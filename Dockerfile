@@ -122,7 +122,8 @@ WORKDIR /app
 COPY --chmod=644 main.py .
 ENTRYPOINT ["bash"]
 
-# A start that compiles nothing takes 2.7 MB and 5 ms less. Checked by its hash, since another one may be mounted over it.
+# A start that compiles nothing takes 2.7 MB and 5 ms less, for 0.3 s of a build. Checked by its hash, since another one may
+# be mounted over it.
 RUN PYTHONHASHSEED=0 python -m compileall -q --invalidation-mode checked-hash main.py
 
 # The image itself.
@@ -244,5 +245,5 @@ EOF
 # what was compiled.
 ENTRYPOINT ["python", "-m", "main"]
 
-# Last, and the only file of yours, beside its compiled form: an edit of it rebuilds this layer alone.
+# Last, and the only file of yours, beside its compiled form: of the image, an edit of it changes this layer alone.
 COPY --from=shell /app .

@@ -7,7 +7,7 @@ URL         ?= http://127.0.0.1:$(PORT)
 BASE_PYTHON ?= $(shell sed -n 's/^ARG PYTHON=//p' Dockerfile)
 RUN_FLAGS   ?= --read-only --tmpfs /tmp:size=64m --init --cap-drop ALL --security-opt no-new-privileges --memory 128m \
                --pids-limit 256 --restart unless-stopped --sysctl net.ipv4.ip_unprivileged_port_start=0
-TESTS       ?= test_main.py
+TESTS       ?= $(wildcard test_main.py tests bench)
 LOCK        ?= requirements.txt
 
 # Tools, all at these versions: uv is installed beside the service's packages and runs the others.

@@ -82,7 +82,7 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 
 # --- The container's side: probes, log, limits, settings, start and stop ---
 
-YOURS = dict(globals())  # all names so far: `check_names` sees to it that what follows takes none of them
+YOURS = globals().copy()  # all names so far: `check_names` sees to it that what follows takes none of them
 
 import asyncio
 import builtins
@@ -137,8 +137,8 @@ IS_OURS = __name__ in {"__main__", "__mp_main__"}  # this is `python main.py` or
 class JsonLines:
     """Writes JSON to stdout, an object a line, from a thread: whoever adds one never waits for the reader of the log.
 
-    The thread writes every 50 ms, no oftener, since it interrupts the event loop. While the reader makes no room,
-    `MAX_WAITING` bytes wait; of what comes beyond, a later line says how many were lost.
+    The thread writes every 50 ms, since it interrupts the event loop, but at once where much waits. Up to `MAX_WAITING`
+    bytes wait; of what comes beyond, a later line says how many were lost.
     """
 
     MAX_WAITING = 1_000_000
@@ -150,6 +150,7 @@ class JsonLines:
         self.written = 0  # bytes, counted by the thread
         self.lost = 0  # lines, counted by who adds
         self.has_lines = threading.Event()
+        self.has_many = threading.Event()
         self.is_fork = False
         threading.Thread(target=self.write_forever, name="log", daemon=True).start()
         if sys.platform != "win32":
@@ -173,6 +174,8 @@ class JsonLines:
         self.added += len(data)
         if not self.has_lines.is_set():
             self.has_lines.set()
+        if self.added - self.written > self.MAX_WAITING // 4:
+            self.has_many.set()
 
     def flush(self) -> None:
         """Wait until everything is written, for a second at most."""
@@ -183,7 +186,8 @@ class JsonLines:
     def write_forever(self) -> None:
         reported = 0
         while self.has_lines.wait():
-            time.sleep(0.05)
+            self.has_many.wait(0.05)
+            self.has_many.clear()
             self.has_lines.clear()
             data = b"".join([self.lines.popleft() for _ in range(len(self.lines))])
             self.write(data)
@@ -191,7 +195,7 @@ class JsonLines:
             lost = self.lost - reported
             if lost:
                 reported += lost
-                message = f"{lost} lines lost, as their reader was slow"
+                message = f"{lost} lines lost, as more came than could be written"
                 self.write(self.encode({"timestamp": time.time(), "level": "error", "message": message}))
 
     def write(self, data: bytes) -> None:
@@ -672,7 +676,7 @@ class EnvelopeResponder:
 
     async def send(self, message: asgi.Message) -> None:
         if message["type"] == "http.response.start":
-            self.begin(message)
+            message = self.begin(message)
         elif message["type"] == "http.response.body":
             self.size += len(message.get("body", b""))
             self.is_complete = not message.get("more_body", False)
@@ -680,7 +684,7 @@ class EnvelopeResponder:
         if self.is_complete:
             self.log()
 
-    def begin(self, message: asgi.Message) -> None:
+    def begin(self, message: asgi.Message) -> asgi.Message:
         self.has_begun = True
         self.status = message["status"]
         headers = list(message.get("headers", ()))
@@ -688,9 +692,9 @@ class EnvelopeResponder:
         headers += [header for header in self.envelope.headers if header[0] not in own]
         if self.lifecycle.is_draining and self.scope["http_version"] in {"1.0", "1.1"}:
             headers.append((b"connection", b"close"))
-        message["headers"] = headers
         if own.get(b"content-type", b"").startswith(b"text/event-stream"):
             self.lifecycle.add_event_stream(self.task)
+        return {**message, "headers": headers}
 
     def is_cut_by_stop(self) -> bool:
         """Whether this is an event stream that the stop has cancelled, and that still lacks its end."""
@@ -1248,12 +1252,19 @@ def main() -> None:
 # What makes the app of it all
 
 
-BUILTINS = {name for name in vars(builtins) if not name.startswith("__")}
+# Python's names, but those which are for itself, such as `__doc__`, or for a prompt alone, such as `exit`.
+BUILTINS = {
+    name: value
+    for name, value in vars(builtins).items()
+    if not name.startswith("_") and type(value).__module__ != "_sitebuiltins"
+}
 
 
 def check_names() -> None:
     """Refuse to start where a name of your part is one of the container's side, or of Python, which that side relies on."""
-    taken = [name for name, value in YOURS.items() if globals()[name] is not value or name in BUILTINS]
+    taken = [
+        name for name, value in YOURS.items() if globals()[name] is not value or BUILTINS.get(name, value) is not value
+    ]
     if taken:
         refuse_start(
             NameError(f"main.py: the container's side has names of its own that are yours, too: {', '.join(taken)}")
@@ -1261,6 +1272,7 @@ def check_names() -> None:
 
 
 check_names()
+YOURS.clear()  # what you replace later is not kept
 
 if Exception not in app.exception_handlers and 500 not in app.exception_handlers:
     app.add_exception_handler(Exception, internal_server_error)

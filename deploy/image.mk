@@ -3,7 +3,7 @@
 PLATFORM    ?=
 SECRETS      = $(foreach name,NETRC PIP_CONF CA_CERT,$(addprefix --secret src=,$(addsuffix $(COMMA)id=$(name),$($(name)))))
 COMMA       := ,
-BUILD_FLAGS += $(addprefix --platform ,$(PLATFORM)) $(SECRETS)
+override BUILD_FLAGS += $(addprefix --platform ,$(PLATFORM)) $(SECRETS)
 
 # What a release pushes, and the digests of its images, without those of what attests them, which holds the time.
 PLATFORMS ?= linux/amd64,linux/arm64

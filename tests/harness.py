@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -116,6 +117,13 @@ def wait_until(condition, seconds: float = 60) -> float:
         assert time.monotonic() < start + seconds, f"not within {seconds} s"
         time.sleep(0.02)
     return time.monotonic() - start
+
+
+def found(search: Callable[..., list[dict]], *arguments: Any) -> list[dict]:
+    """What a search finds, once it finds something, such as lines of a log that its thread has still to write."""
+    results: list[dict] = []
+    wait_until(lambda: results.extend(search(*arguments)) or results)
+    return results
 
 
 def entry(line: str) -> dict:

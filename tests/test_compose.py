@@ -27,6 +27,7 @@ from tests.harness import (
     Image,
     Load,
     answers,
+    found,
     free_port,
     frozen,
     make,
@@ -135,6 +136,7 @@ def test_compose_spreads_requests_over_replicas_that_are_reachable_through_the_p
     replicas = stack.containers("service")
     for _ in range(10):
         client.get("/items/10")
+    wait_until(lambda: len(stack.access("/items/10")) == 10)
     assert [sum(line.get("url.path") == stack.prefix + "/items/10" for line in c.logs()) for c in replicas] == [5, 5]
     assert not any(container.inspect("HostConfig.PortBindings") for container in replicas)
 
@@ -150,7 +152,7 @@ print(socket.gethostbyname(socket.gethostname()))
     network = f"--network={stack.name}_default"
     address = run("docker", "run", "--rm", network, "--entrypoint", "python", stack.image, "-c", code)
     for path, scheme in (("/items/443", "https"), ("/items/80", "http")):
-        (line,) = stack.access(path)
+        (line,) = found(stack.access, path)
         assert (line["client.address"], line["url.scheme"]) == (address, scheme)
 
 

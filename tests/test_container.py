@@ -7,7 +7,7 @@ import subprocess
 import httpx
 import pytest
 
-from tests.harness import LIMITS, Image, Load, answers, each_python, run, wait_until
+from tests.harness import LIMITS, Image, Load, answers, each_python, found, run, wait_until
 from tests.test_servers import LIMIT, TABLE, TRACE, observe
 from tests.test_stop import STUCK
 
@@ -197,7 +197,7 @@ def test_container_trusts_forwarded_headers_as_told(image):
     ):
         with image.container(*arguments) as container:
             httpx.get(container.url, headers=headers)
-            (line,) = [line for line in container.logs() if "client.address" in line]
+            (line,) = found(lambda: [line for line in container.logs() if "client.address" in line])
         assert (line["client.address"] == "203.0.113.7", line["url.scheme"]) == (
             (True, "https") if seen else (False, "http")
         )

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 import main
-from tests.harness import HERE, NAME, UV, Container, Image, answers, free_port, missing, run, wait_until
+from tests.harness import HERE, NAME, UV, Container, Image, answers, found, free_port, missing, run, wait_until
 from tests.kubernetes.cluster import Copy
 
 pytestmark = pytest.mark.check
@@ -205,7 +205,7 @@ def test_pod_serves_as_nobody_after_its_steps_before_starting(play, pod, service
     with play() as url:
         assert kubelet(service["startupProbe"], url)
         httpx.get(url, headers={"X-Forwarded-For": "203.0.113.7", "X-Forwarded-Proto": "https"})
-        (line,) = [line for line in CONTAINER.logs() if "client.address" in line]
+        (line,) = found(lambda: [line for line in CONTAINER.logs() if "client.address" in line])
         status = CONTAINER.python_says("print(open('/proc/1/status').read())")
         root = CONTAINER.python_says("import os; print(os.statvfs('/').f_flag & os.ST_RDONLY)")
         happened = events(since)

@@ -427,6 +427,8 @@ def test_own_middleware_keeps_refusals_of_a_body_what_they_are(limited, headers)
 
 NAMES = """
 import datetime
+from asyncio import TimeoutError  # which is Python's own
+from sys import exit
 from typing import Annotated, Callable
 from fastapi import APIRouter, Path
 from starlette.exceptions import HTTPException

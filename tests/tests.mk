@@ -1,6 +1,5 @@
 # The tests of the container's side beside those of test_main.py, and what they need. `make test` leaves out what takes an
 # engine or minutes, and runs in four processes, on two cores too, since tests wait for half of their time.
-TESTS += tests
 DEV   += pytest-xdist==3.8.0 trustme==1.2.1
 test: PYTEST += --numprocesses 4 --dist worksteal -m "not check"
 

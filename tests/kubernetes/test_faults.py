@@ -38,6 +38,7 @@ def test_nothing_is_lost_to_a_deadlocked_replica_but_what_it_holds(shop):
         known = time.monotonic() + HOLD
         wait_until(lambda: shop.restarts() > before)
     assert [request for request in load.lost if request.sent > known] == []
+    assert len(load.lost) <= 20
 
 
 @pytest.fixture

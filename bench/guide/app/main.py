@@ -1,4 +1,4 @@
-from typing import Union
+
 from fastapi import FastAPI
 
 app = FastAPI()
@@ -8,5 +8,5 @@ def read_root():
     return {"Hello": "World"}
 
 @app.get("/items/{item_id}")
-def read_item(item_id: int, q: Union[str, None] = None):
+def read_item(item_id: int, q: str | None = None):
     return {"item_id": item_id, "q": q}
