@@ -80,6 +80,15 @@ class Stack:
         assert load.lost == []
 
 
+def remove() -> None:
+    """Remove the stack, and wait until its containers and networks are gone, which `--detach=false` at times never sees."""
+    run("docker", "stack", "rm", NAME)
+    ours = f"--filter=label=com.docker.stack.namespace={NAME}"
+    wait_until(
+        lambda: not run("docker", "ps", "--all", "--quiet", ours) + run("docker", "network", "ls", "--quiet", ours)
+    )
+
+
 @pytest.fixture(scope="module")
 def stack(engine, tmp_path_factory):
     if engine != "docker":
@@ -87,13 +96,13 @@ def stack(engine, tmp_path_factory):
     if alone := run("docker", "info", "--format", "{{.Swarm.LocalNodeState}}") == "inactive":
         run("docker", "swarm", "init", "--advertise-addr=127.0.0.1", "--listen-addr=127.0.0.1")
     stack = Stack(tmp_path_factory.mktemp("stack"), Image.build(engine).rebuilt(frozen()))
-    run("docker", "stack", "rm", "--detach=false", NAME)  # what a run that was cut off has left
+    remove()  # what a run that was cut off has left
     try:
         stack.deploy()
         wait_until(lambda: stack.get("/livez").status_code == 200)
         yield stack
     finally:
-        run("docker", "stack", "rm", "--detach=false", NAME)
+        remove()
         if alone:
             run("docker", "swarm", "leave", "--force")
 
