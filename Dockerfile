@@ -116,7 +116,8 @@ printf 'root:x:0:\nnonroot:x:65532:\n' > /image/etc/group
 ldconfig -r /image
 EOF
 
-# For `make shell`: the same packages and main.py, with a shell and Debian's tools around them.
+# For `make shell`: the same packages and main.py, with a shell and Debian's tools around them. The image takes main.py from
+# here.
 FROM build AS shell
 WORKDIR /app
 COPY --chmod=644 main.py .

@@ -29,7 +29,7 @@ from bench.contenders import (
     under,
 )
 from bench.images import WRK, Found
-from tests.harness import HERE, Container, Load, run, wait_until
+from tests.harness import HERE, Container, Load, answers, run, wait_until
 
 PROBES = ("/readyz", "/healthz", "/livez", "/health")  # that a service may have; "/" where it has none
 
@@ -150,12 +150,12 @@ class Wrk:
 
     def load(self, container: Container, path: str, connections: int, seconds: int, url: str = "") -> Found:
         """What is published of such a load."""
-        answers, suffix = self.send(container, path, connections, seconds, url), under(path, connections)
+        sent, suffix = self.send(container, path, connections, seconds, url), under(path, connections)
         return {
-            per_cpu_second(path, connections): answers.requests / answers.cpu,
-            f"requests per second, {suffix}": answers.requests / answers.seconds,
-            f"ms, 50th percentile, {suffix}": answers.p50,
-            f"ms, 99th percentile, {suffix}": answers.p99,
+            per_cpu_second(path, connections): sent.requests / sent.cpu,
+            f"requests per second, {suffix}": sent.requests / sent.seconds,
+            f"ms, 50th percentile, {suffix}": sent.p50,
+            f"ms, 99th percentile, {suffix}": sent.p99,
         }
 
 
@@ -207,18 +207,10 @@ def proxied(container: Container):
 def behind_proxy(contender: Contender, wrk: Wrk, extent: Extent) -> Found:
     """What requests cost the replica that a proxy sends it, whose forwarded headers it trusts, as in a deployment."""
     with started(contender, "--env=FORWARDED_ALLOW_IPS=*") as (container, _), proxied(container) as url:
-        with httpx.Client(verify=False) as client:
-            wait_until(lambda: answers(client, url + ITEM))
+        wait_until(lambda: answers(url, ITEM, verify=False))
         wrk.load(container, ITEM, 64, 1, url)  # to warm up
         found = wrk.load(container, ITEM, 64, extent.seconds, url)
     return {measure + BEHIND: figure for measure, figure in found.items()}
-
-
-def answers(client: httpx.Client, url: str) -> bool:
-    try:
-        return client.get(url).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 # --- What an operator sees ---

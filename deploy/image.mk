@@ -21,7 +21,8 @@ PROCESS ?= $$($(ENGINE) exec $(NAME) python -ISc "print(1 if open('/proc/1/comm'
            open('/proc/1/task/1/children').read().split()[0])")
 BESIDE   = --pid container:$(NAME) --user 0 --cap-drop ALL --cap-add SYS_PTRACE --security-opt no-new-privileges \
            --entrypoint python
-SAMPLE   = $$($(ENGINE) inspect --format '{{.Config.Image}}' $(NAME)) -m profiling.sampling attach --all-threads --duration $(SECONDS)
+OWN      = $$($(ENGINE) inspect --format '{{.Config.Image}}' $(NAME))
+SAMPLE   = $(OWN) -m profiling.sampling attach --all-threads --duration $(SECONDS)
 FOUND    = $(RUNNING) || { echo "Nothing runs in $(ENGINE) as $(NAME): \`make run\` starts it."; exit 1; }
 
 .PHONY: shell size reproduce release profile debug check-packages check-arm64 check-release
@@ -40,7 +41,7 @@ profile: engine ## Sample what the running service does for SECONDS, as text, an
 debug: engine ## Attach Python's debugger to the running service, which stands still meanwhile; `q` lets it run on
 	@$(FOUND)
 	@process=$(PROCESS); $(ENGINE) run --rm --interactive $(shell test -t 0 && echo --tty) --network container:$(NAME) \
-	    --env TMPDIR=/proc/$$process/root/tmp $(BESIDE) $$($(ENGINE) inspect --format '{{.Config.Image}}' $(NAME)) -m pdb -p $$process
+	    --env TMPDIR=/proc/$$process/root/tmp $(BESIDE) $(OWN) -m pdb -p $$process
 
 size: .venv/ready ## Measure the image on each Python that it can be built from
 	@$(PYTEST) --quiet --capture no -k small tests/test_image.py

@@ -103,9 +103,10 @@ def free_port() -> int:
             return port
 
 
-def answers(url: str, path: str = "/livez") -> bool:
+def answers(url: str, path: str = "/livez", **options: Any) -> bool:
+    """Whether this is answered with 200; the options are those of `httpx.get`."""
     try:
-        return httpx.get(url + path).status_code == 200
+        return httpx.get(url + path, **options).status_code == 200
     except httpx.TransportError:
         return False
 

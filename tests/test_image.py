@@ -117,6 +117,12 @@ print(*(name for name in sorted(sys.stdlib_module_names - {"antigravity", "this"
 
 
 @each_python
+def test_image_starts_main_py_from_its_compiled_form(image):
+    said = run("sh", "-c", f"{image.engine} run --rm --entrypoint=python {image.name} -v -m main --version 2>&1")
+    assert re.search(r"/app/__pycache__/main\.cpython-\d+\.pyc matches /app/main\.py", said)
+
+
+@each_python
 def test_image_has_what_the_c_library_and_packages_look_for(image):
     assert (
         image.python_says("""
