@@ -9,7 +9,7 @@ import pytest
 
 from tests.harness import LIMITS, Image, Load, answers, each_python, found, run, wait_until
 from tests.test_servers import LIMIT, TABLE, TRACE, observe
-from tests.test_stop import STUCK
+from tests.test_stop import STREAM, STUCK
 
 
 def test_container_runs_as_nobody_with_no_rights_in_a_root_that_is_read_only(image):
@@ -73,18 +73,6 @@ def test_container_is_healthy_if_livez_succeeds(image, variant, path, status):
         wait_until(lambda: container.said("Uvicorn running"))
         command = [image.engine, "exec", container.id, *container.inspect("Config.Healthcheck.Test")[1:]]
         assert subprocess.run(command, capture_output=True, check=False).returncode == status
-
-
-STREAM = """
-from fastapi.responses import StreamingResponse
-@app.get("/stream")
-async def stream():
-    async def chunks():
-        while True:
-            yield b"tick"
-            await asyncio.sleep(0.1)
-    return StreamingResponse(chunks())
-"""
 
 
 def test_container_stops_within_ten_seconds_by_default_whatever_is_open(image, variant):

@@ -47,13 +47,8 @@ def test_interrupt_from_the_keyboard_does_not_drain():
     assert process.said("Finished server process")
 
 
-SLOW = """
+STREAM = """
 from fastapi.responses import StreamingResponse
-@app.get("/slow")
-async def slow() -> str:
-    print("slow has begun")
-    await asyncio.sleep(1)
-    return "done"
 @app.get("/stream")
 async def stream():
     async def chunks():
@@ -61,6 +56,13 @@ async def stream():
             yield b"tick"
             await asyncio.sleep(0.1)
     return StreamingResponse(chunks())
+"""
+SLOW = """
+@app.get("/slow")
+async def slow() -> str:
+    print("slow has begun")
+    await asyncio.sleep(1)
+    return "done"
 """
 
 
@@ -74,7 +76,7 @@ def test_request_in_flight_at_sigterm_finishes(variant):
 
 
 def test_open_stream_cannot_hold_the_stop(variant):
-    process = Process(source=variant(SLOW), DRAIN_SECONDS="0", UVICORN_TIMEOUT_GRACEFUL_SHUTDOWN="1")
+    process = Process(source=variant(STREAM), DRAIN_SECONDS="0", UVICORN_TIMEOUT_GRACEFUL_SHUTDOWN="1")
     with process, httpx.stream("GET", process.url + "/stream") as response:
         chunks = response.iter_raw()
         assert next(chunks) == b"tick"
