@@ -182,19 +182,26 @@ def test_settings_are_in_one_place():
     assert (HERE / "deploy/secrets").samefile(HERE / "deploy/kubernetes/secrets")
 
 
-def test_table_of_replicas_follows_from_the_benchmark_and_what_the_autoscaler_holds(documents, service):
-    figures = json.loads((HERE / "bench/results.json").read_text())["figures"]
-    found = figures["requests per CPU second, /items/5?q=somequery, 64 connections"]["this project"]
-    rate = round(statistics.median(found), -3)
+def test_tables_of_replicas_follow_from_what_a_core_served_and_what_the_autoscaler_holds(documents, service):
     asked = int(service["resources"]["requests"]["cpu"].removesuffix("m")) / 1000
     (metric,) = documents["HorizontalPodAutoscaler"]["metrics"]
     used = asked * metric["resource"]["target"]["averageUtilization"] / 100
+
+    def replicas(requests: int, rate: float) -> int:
+        return math.ceil(requests / (rate * used)) + 1
+
     text = (HERE / "docs/deployments.md").read_text()
+    (seen,) = re.findall(r"or ([\d,]+) for a core", text)
+    rate = int(seen.replace(",", ""))
     rows = re.findall(r"^\| ([\d,]+) \| (\d+) \| ([\d.]+) \|$", text, re.MULTILINE)
     assert rows == [
-        (f"{requests:,}", str(replicas := math.ceil(requests / (rate * used)) + 1), f"{replicas * asked:g}")
+        (f"{requests:,}", str(replicas(requests, rate)), f"{replicas(requests, rate) * asked:g}")
         for requests in (1000, 10_000, 100_000)
     ]
+    figures = json.loads((HERE / "bench/results.json").read_text())["figures"]
+    found = figures["requests per CPU second, /items/5?q=somequery, 64 connections"]["this project"]
+    rate = round(statistics.median(found), -3)
+    assert f"about {rate:,.0f} for a core, by which {replicas(100_000, rate)} replicas" in text.replace("\n", " ")
 
 
 # --- The pod ---
