@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field
 
 # --- Your service: everything that you add goes here ---
 # Routes, models, middleware and exception handlers stand below `app`. What follows this part wraps all of them. If you
-# define a name that it also defines, the service refuses to start and says which.
+# define a name that it also defines, or a name of Python's such as `list`, the service refuses to start and says which.
 
 
 class Settings(BaseModel):
@@ -34,7 +34,8 @@ class Settings(BaseModel):
     hello: str = "World"
 
 
-# Set after this part: use it inside functions. A middleware that takes a setting is added at the end of this file.
+# Set after this part: use it inside functions. A middleware that takes a setting is added further down, beside ours: look
+# for `app.add_middleware`.
 settings: Settings
 
 
@@ -45,9 +46,10 @@ async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
 
 
 def prestart() -> None:
-    """Steps before starting, such as a migration: `python main.py --prestart` runs them, once, before the replicas.
+    """Steps before starting, such as a migration, which `python main.py --prestart` runs.
 
-    `settings` is there, but no app runs. An exception ends them with status 1, and no replica is started.
+    `settings` is there, but no app runs. An exception ends them with status 1. The deployments in `deploy/` run them once
+    before the replicas, and start none of these if they fail.
     """
 
 
@@ -55,7 +57,8 @@ app = FastAPI(
     title="Items",
     version="1.0.0",
     lifespan=lifespan,
-    # Where OpenTelemetry is set up, FastAPI exports traces, but not of probes. `is_probe` is further down, hence the lambda.
+    # FastAPI exports traces by itself where OpenTelemetry is set up; this option of its own leaves out those of probes.
+    # `is_probe` is further down, hence the lambda.
     telemetry={"exclude": lambda scope: is_probe(scope)},
 )
 
@@ -171,7 +174,8 @@ class JsonLines:
             return
         data = self.encode(line)
         self.lines.append(data)
-        self.added += len(data)
+        size = len(data)
+        self.added += size  # without a call in it, in which another thread could add, too
         if not self.has_lines.is_set():
             self.has_lines.set()
         if self.added - self.written > self.MAX_WAITING // 4:
@@ -191,12 +195,12 @@ class JsonLines:
             self.has_lines.clear()
             data = b"".join([self.lines.popleft() for _ in range(len(self.lines))])
             self.write(data)
-            self.written += len(data)
             lost = self.lost - reported
             if lost:
                 reported += lost
                 message = f"{lost} lines lost, as more came than could be written"
                 self.write(self.encode({"timestamp": time.time(), "level": "error", "message": message}))
+            self.written += len(data)
 
     def write(self, data: bytes) -> None:
         while data and self.stdout is not None:
@@ -457,7 +461,9 @@ except (SettingError, click.ClickException) as error:
 
 def is_reloading() -> bool:
     """Whether an edit restarts this process: it should do so at once then."""
-    return uvicorn_options.get("reload", not {"dev", "--reload"}.isdisjoint(sys.argv))
+    if IS_OURS:
+        return uvicorn_options["reload"]
+    return "dev" in sys.argv or "--reload" in sys.argv  # of `fastapi dev` and `uvicorn --reload`
 
 
 class Lifecycle:
@@ -513,7 +519,7 @@ class Lifecycle:
         if self.is_starting:
             if json_lines:
                 json_lines.flush()
-            os._exit(128 + signal.SIGTERM)  # as an exception the start could catch it
+            os._exit(128 + signal.SIGTERM)  # no `sys.exit`: that is an exception, which the start could catch
         if self.loop is None:
             self.stop_server()
         else:
@@ -563,10 +569,13 @@ class Lifecycle:
 
 PROBES = {"/livez", "/readyz"}
 TRACE_HEADERS = {b"traceparent", b"tracestate", b"baggage"}
+# Of a response that has none of its own by these names. The policy is what the pages of FastAPI's documentation need; a
+# page of yours that loads from other hosts brings another.
 SAFE_HEADERS = {
     "x-content-type-options": "nosniff",
     "content-security-policy": "default-src 'self' 'unsafe-inline' data: blob:",
 }
+# Those that uvicorn is told to send (`--header`) are its own.
 UVICORNS_HEADERS = {header.partition(":")[0].strip().lower() for header in uvicorn_options.get("headers", ())}
 SAFE_HEADERS = {name: value for name, value in SAFE_HEADERS.items() if name not in UVICORNS_HEADERS}
 
@@ -608,8 +617,8 @@ class Envelope:
 
         Returns what leaves the caller's span again.
         """
-        # A local span is FastAPI's. A remote one is that of the request before: where requests are pipelined, uvicorn serves
-        # each in the context of the one before it.
+        # A span that is already current is FastAPI's, if it is local. A remote one is left over from the request before:
+        # where requests are pipelined, uvicorn serves each in the context of the one before it.
         span = trace.get_current_span().get_span_context()
         if span.is_valid and not span.is_remote:
             request_span.set(span)
@@ -665,7 +674,7 @@ class EnvelopeResponder:
         self.has_left = False  # the client, before its response
         self.is_complete = False
         self.is_logged = False
-        self.status = 500
+        self.status = 500  # until the response begins, which it does not where an exception passes through
         self.size = 0  # bytes
 
     async def receive(self) -> asgi.Message:
@@ -738,7 +747,8 @@ class EnvelopeResponder:
     def route(self) -> str | None:
         """The template of the path, with the prefixes of routers and of mounted apps.
 
-        Of `/api/5/items/7`, where the route's own part is `/items/7`, it is `/api/{tenant}/items/{item_id}`.
+        Of `/api/5/items/7`, where the route's own part is `/items/7`, it is `/api/{tenant}/items/{item_id}`. A prefix is
+        guessed by its values: a part of it that equals the value of a parameter is shown as that parameter.
         """
         route = self.scope.get("route")
         if not hasattr(route, "path_format"):  # none has matched, or one by the host
@@ -801,9 +811,8 @@ class BodyLimits(RequestBodyLimitMiddleware):
             return
         body = BodyResponder(self.timeout, scope, receive, send)
         try:
-            if (
-                MAX_BODY_SIZE_SCOPE_KEY in scope
-            ):  # `FastAPI(max_body_size=…)` limits it already, outside of all middleware
+            # `FastAPI(max_body_size=…)` has limited it already, outside of all middleware.
+            if MAX_BODY_SIZE_SCOPE_KEY in scope:
                 await self.app(scope, body.receive_in_time, body.send_and_close)
             else:
                 await super().__call__(scope, body.receive_in_time, body.send_and_close)
@@ -924,7 +933,8 @@ def serve_documentation_from_here(app: fastapi.FastAPI, assets: str = "/static-o
 
 # The protocol's limits
 
-MAX_HEAD_BYTES = 65_536  # looked at after each read, so that a head which comes in one may have 256 KB
+# Compared after each read, which may bring up to 256 KB: a head that comes in one may be as large.
+MAX_HEAD_BYTES = 65_536
 MAX_HEADER_FIELDS = 100
 MAX_PIPELINE = 100
 
@@ -932,8 +942,9 @@ MAX_PIPELINE = 100
 class Http(HttpToolsProtocol):
     """Uvicorn's HTTP/1.1 with limits to what a client sends outside of a body: how much, how slowly, how often.
 
-    It knows these of uvicorn's parts, which are not documented: the attributes `app`, `cycle`, `flow`, `headers`, `loop`,
-    `parser`, `pipeline`, `server_state`, `timeout_keep_alive_task`, `transport` and `url`, the methods
+    It knows these of uvicorn's parts, which are not documented: the attributes `app`, `client`, `cycle`, `flow`, `headers`,
+    `logger`, `loop`, `parser`, `pipeline`, `server_state`, `timeout_keep_alive`, `timeout_keep_alive_task`, `transport` and
+    `url`, the methods
     `_should_upgrade`, `_unset_keepalive_if_required`, `_unsupported_upgrade_warning`, `handle_websocket_upgrade`,
     `on_response_complete` and `timeout_keep_alive_handler`, and of a cycle `disconnected`, `message_event`,
     `response_complete`, `response_started` and `transport`. Hence the bound of uvicorn's version at the head.
@@ -971,7 +982,7 @@ class Http(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as upgrade:
             self.upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
-            # Of an exception in a method of ours that the parser calls it makes an error, whose context it is.
+            # An exception in one of our `on_` methods is inside of the parser's own error, as its context.
             self.refuse("Invalid HTTP request received.", error.__context__ or error)
         else:
             if self.unfinished > MAX_HEAD_BYTES:
@@ -1229,7 +1240,7 @@ def check_limits(workers: int) -> None:
 
 def main() -> None:
     """Run the steps before starting, or serve with uvicorn, with JSON on stdout and the protocol's limits."""
-    check_limits(uvicorn_options["workers"])
+    check_limits(uvicorn_options["workers"])  # for the steps before starting, too, or they would run for nothing
     if uvicorn_options.pop("prestart"):
         prestart()
         return
@@ -1267,7 +1278,9 @@ def check_names() -> None:
     ]
     if taken:
         refuse_start(
-            NameError(f"main.py: the container's side has names of its own that are yours, too: {', '.join(taken)}")
+            NameError(
+                f"main.py: names of yours that the container's side needs; call them differently: {', '.join(taken)}"
+            )
         )
 
 
@@ -1280,7 +1293,7 @@ if app.exception_handlers[StarletteHTTPException] is http_exception_handler:
     app.add_exception_handler(StarletteHTTPException, http_exception_with_cause)
 
 # The last one is outermost: it sees a request first. Yours, added above, are inside of all these, so that a 503 of
-# Overload has none of their headers. One that takes a setting, or that is to wrap these, is added here.
+# Overload has none of their headers. One that takes a setting is added above these, and one that is to wrap them below.
 app.add_middleware(
     BodyLimits, max_body_size=server_settings.max_body_bytes, timeout=server_settings.client_body_timeout
 )

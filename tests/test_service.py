@@ -460,4 +460,6 @@ def test_names_that_the_containers_side_has_taken_are_told_and_end_the_start(var
     process = Process(source=variant("Lifecycle = json_lines = main = list = 0"))
     assert process.end() == 1
     (line,) = process.lines
-    assert line["message"].endswith(" has names of its own that are yours, too: Lifecycle, json_lines, main, list")
+    assert line["message"].endswith(
+        " that the container's side needs; call them differently: Lifecycle, json_lines, main, list"
+    )
