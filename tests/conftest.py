@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.harness import PYTHONS, Image, Process, missing, run, write_variant
+from tests.harness import NAME, PYTHONS, Image, Process, missing, run, write_variant
 
 
 def pytest_configure(config) -> None:
@@ -26,6 +26,18 @@ def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if "engine" in item.fixturenames:
             item.add_marker("check")
+
+
+def pytest_sessionfinish(session) -> None:
+    """Leave the swarm that test_stack.py began, once the tests of all processes are over.
+
+    The engine forgets the names of all containers when it leaves, so that no other test could find one by its name.
+    """
+    if hasattr(session.config, "workerinput") or not shutil.which("docker"):
+        return
+    ask = ("docker", "node", "inspect", "self", "--format={{.Spec.Labels.tests}}")
+    if subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip() == NAME:
+        run("docker", "swarm", "leave", "--force")
 
 
 @pytest.fixture
