@@ -944,10 +944,10 @@ class Http(HttpToolsProtocol):
 
     It knows these of uvicorn's parts, which are not documented: the attributes `app`, `client`, `cycle`, `flow`, `headers`,
     `logger`, `loop`, `parser`, `pipeline`, `server_state`, `timeout_keep_alive`, `timeout_keep_alive_task`, `transport` and
-    `url`, the methods
-    `_should_upgrade`, `_unset_keepalive_if_required`, `_unsupported_upgrade_warning`, `handle_websocket_upgrade`,
-    `on_response_complete` and `timeout_keep_alive_handler`, and of a cycle `disconnected`, `message_event`,
-    `response_complete`, `response_started` and `transport`. Hence the bound of uvicorn's version at the head.
+    `url`, the methods `_should_upgrade`, `_unset_keepalive_if_required`, `_unsupported_upgrade_warning`,
+    `handle_websocket_upgrade`, `on_response_complete` and `timeout_keep_alive_handler`, and of a cycle `disconnected`,
+    `message_event`, `response_complete`, `response_started` and `transport`. Hence the bound of uvicorn's version at the
+    head.
     """
 
     parser: Any  # which uvicorn declares as perhaps None, since it is after the end

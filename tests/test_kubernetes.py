@@ -182,7 +182,7 @@ def test_settings_are_in_one_place():
     assert (HERE / "deploy/secrets").samefile(HERE / "deploy/kubernetes/secrets")
 
 
-def test_tables_of_replicas_follow_from_what_a_core_served_and_what_the_autoscaler_holds(documents, service):
+def test_table_of_replicas_follows_from_what_a_core_served_and_what_the_autoscaler_holds(documents, service):
     asked = int(service["resources"]["requests"]["cpu"].removesuffix("m")) / 1000
     (metric,) = documents["HorizontalPodAutoscaler"]["metrics"]
     used = asked * metric["resource"]["target"]["averageUtilization"] / 100
