@@ -103,12 +103,13 @@ def free_port() -> int:
             return port
 
 
-def answers(url: str, path: str = "/livez", **options: Any) -> bool:
-    """Whether this is answered with 200; the options are those of `httpx.get`."""
+def answers(url: str, path: str = "/livez", text: str = "", **options: Any) -> bool:
+    """Whether this is answered with 200 and with this text; the options are those of `httpx.get`."""
     try:
-        return httpx.get(url + path, **options).status_code == 200
+        response = httpx.get(url + path, **options)
     except httpx.TransportError:
         return False
+    return response.status_code == 200 and text in response.text
 
 
 def wait_until(condition, seconds: float = 60) -> float:

@@ -10,7 +10,7 @@ import shutil
 import ssl
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -410,10 +410,8 @@ def test_watch_serves_an_edit_of_main_py_and_builds_a_changed_lock_anew(image, t
         ids = run("docker", "ps", "--quiet", f"--filter=name={name}-watch-service").split()
         return Container("docker", ids[0]).inspect("Image") if ids else ""
 
-    def says(text: str) -> bool:
-        with suppress(httpx.TransportError):
-            return text in httpx.get(f"{url}/openapi.json").text
-        return False
+    def served() -> bool:
+        return answers(url, "/openapi.json", "Read the item")
 
     with subprocess.Popen([*WATCH, "up", "--build", "--watch"], cwd=tmp_path, env=environment) as watch:
         try:
@@ -421,11 +419,11 @@ def test_watch_serves_an_edit_of_main_py_and_builds_a_changed_lock_anew(image, t
             first = built()
             edited = tmp_path / "main.py"
             edited.write_text(edited.read_text().replace("Read an item", "Read the item"))
-            seconds = wait_until(lambda: says("Read the item"))
+            seconds = wait_until(served)
             print(f"an edit of main.py is served after {seconds:.1f} s")
             assert built() == first
             lock.write_text(lock.read_text() + "# changed\n")
-            wait_until(lambda: built() not in {"", first} and says("Read the item"), 300)
+            wait_until(lambda: built() not in {"", first} and served(), 300)
         finally:
             watch.terminate()
             run(*WATCH, "down", "--rmi", "all", "--timeout", "0", cwd=tmp_path, env=environment)

@@ -14,7 +14,20 @@ import pytest
 import trustme
 
 from tests import harness
-from tests.harness import HERE, RATE, Clients, Container, Image, Load, free_port, frozen, missing, run, wait_until
+from tests.harness import (
+    HERE,
+    RATE,
+    Clients,
+    Container,
+    Image,
+    Load,
+    answers,
+    free_port,
+    frozen,
+    missing,
+    run,
+    wait_until,
+)
 
 NAME = f"{harness.NAME}-stack"
 SETTING, SECRET = """it's "5 $HOME" # \\n""", "postgresql://user:password@database"
@@ -101,7 +114,7 @@ def stack(engine, tmp_path_factory):
     remove()  # what a run that was cut off has left
     try:
         stack.deploy()
-        wait_until(lambda: stack.get("/livez").status_code == 200)
+        wait_until(lambda: answers(stack.url, verify=False))
         yield stack
     finally:
         remove()
@@ -126,7 +139,7 @@ def test_stack_believes_the_proxy_alone_about_the_client(stack):
 def test_stack_serves_the_certificate_that_it_is_given(stack):
     context = ssl.create_default_context()
     stack.authority.configure_trust(context)
-    wait_until(lambda: httpx.get(f"{stack.url}/items/5", verify=context).status_code == 200)
+    wait_until(lambda: answers(stack.url, "/items/5", verify=context))
 
 
 TELL = "import os; print(os.environ['HELLO'], open('/run/secrets/database_url').read(), sep='\\n')"
