@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import subprocess
 
 import pytest
@@ -19,7 +20,7 @@ def released(engine) -> tuple[str, str]:
     """The image's name in the registry, and what `make release` printed last: its name by digest."""
     if subprocess.run([engine, "buildx", "inspect", BUILDER], capture_output=True, check=False).returncode:
         missing(f"there is no builder: docker buildx create --name {BUILDER} --driver docker-container --bootstrap")
-    name = f"{REGISTRY}/{NAME}"
+    name = f"{REGISTRY}/{NAME}-{secrets.token_hex(4)}"  # where no run before this one has left a tag
     said = run("make", "release", f"ENGINE={engine}", f"IMAGE={name}", f"TAG=v{main.app.version}", cwd=HERE)
     return name, said.splitlines()[-1]
 

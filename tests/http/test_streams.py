@@ -85,6 +85,26 @@ def test_first_piece_of_a_stream_does_not_wait_for_the_second(patient):
         assert client.chunk() == b"last\n"
 
 
+def three_at_once(process: Process, path: str) -> list[int]:
+    """What three requests are answered that wait for each other, in order of size."""
+    clients = [Client(process) for _ in range(3)]
+    for client in clients:
+        client.send(f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
+    found = []
+    for client in clients:
+        with client:
+            found.append(int(client.answers()[0].body))
+    return sorted(found)
+
+
+def test_garbage_is_searched_for_less_while_responses_wait_and_then_as_usual(patient):
+    usual = int(get(patient, "/threshold"))
+    assert three_at_once(patient, "/threshold/of-three") == [usual, 5 * usual, 5 * usual]
+    assert int(get(patient, "/threshold")) == usual
+    three_at_once(patient, "/threshold/of-three?another=3000")
+    assert int(get(patient, "/threshold")) == 3000
+
+
 @pytest.fixture(params=["uvloop", "asyncio"])
 def loop(request, source, patient):
     """The service on each kind of event loop; the default is uvloop's."""

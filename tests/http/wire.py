@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 from tests.harness import Process
 
 SERVICE = """
+import asyncio
+
 from fastapi import BackgroundTasks, WebSocket
 from fastapi.responses import StreamingResponse
 
@@ -104,6 +106,22 @@ async def block(file: str) -> None:
 async def blocks_afterwards(file: str, background_tasks: BackgroundTasks) -> str:
     background_tasks.add_task(block, file)
     return "blocks"
+
+@app.get("/threshold")
+async def threshold() -> int:
+    return gc.get_threshold()[0]
+
+three = asyncio.Barrier(3)
+
+@app.get("/threshold/of-three")
+async def threshold_of_three(another: int = 0) -> int:
+    # Of three: the last one to come answers first, and the others go on while that response waits.
+    usual = gc.get_threshold()[0]
+    await three.wait()
+    found = gc.get_threshold()[0]
+    if another and found != usual:
+        gc.set_threshold(another)
+    return found
 
 @app.websocket("/ws")
 async def ws(websocket: WebSocket) -> None:
