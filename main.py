@@ -1161,7 +1161,7 @@ class Outbox:
     """The responses of all connections that wait for the turn of the event loop to end, and are then sent in one go.
 
     So a client of many connections, such as a proxy, is woken once, after the work of the turn, not in the midst of it.
-    While responses wait, Python searches for garbage a fifth as often: what it would find are the requests that wait.
+    While several wait, Python searches for garbage a fifth as often: what it would find are the requests that wait.
     bench/README.md has the figures of both.
     """
 
@@ -1174,6 +1174,7 @@ class Outbox:
     def add(self, response: "ResponseTransport") -> None:
         if not self.responses:
             self.loop.call_soon(self.send)
+        elif not self.is_searching_less:
             self.search_less()
         self.responses.append(response)
 
@@ -1182,11 +1183,10 @@ class Outbox:
         self.responses = []
         for response in responses:
             response.flush()
-        self.loop.call_soon(self.search_as_usual)  # after the requests, which go on in this turn
+        if self.is_searching_less:
+            self.loop.call_soon(self.search_as_usual)  # after the requests, which go on in this turn
 
     def search_less(self) -> None:
-        if self.is_searching_less:
-            return
         self.is_searching_less = True
         self.usual = gc.get_threshold()
         self.less = (5 * self.usual[0], *self.usual[1:])

@@ -115,7 +115,7 @@ three = asyncio.Barrier(3)
 
 @app.get("/threshold/of-three")
 async def threshold_of_three(another: int = 0) -> int:
-    # Of three: the last one to come answers first, and the others go on while that response waits.
+    # Of three that go on in one turn of the event loop: the third finds two responses that wait.
     usual = gc.get_threshold()[0]
     await three.wait()
     found = gc.get_threshold()[0]
