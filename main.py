@@ -23,6 +23,7 @@ from pydantic import BaseModel, Field
 # --- Your service: everything that you add goes here ---
 # Routes, models, middleware and exception handlers stand below `app`. What follows this part wraps all of them. If you
 # define a name that it also defines, or a name of Python's such as `list`, the service refuses to start and says which.
+# One thing alone stands elsewhere: a middleware that takes a setting, at `app.add_middleware` near the end of the file.
 
 
 class Settings(BaseModel):
@@ -34,8 +35,7 @@ class Settings(BaseModel):
     hello: str = "World"
 
 
-# Set after this part: use it inside functions. A middleware that takes a setting is added further down, beside ours: look
-# for `app.add_middleware`.
+# Read after this part: use it inside functions.
 settings: Settings
 
 
@@ -48,8 +48,8 @@ async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
 def prestart() -> None:
     """Steps before starting, such as a migration, which `python main.py --prestart` runs.
 
-    `settings` is there, but no app runs. An exception ends them with status 1. The deployments in `deploy/` run them once
-    before the replicas, and start none of these if they fail.
+    `settings` is there, but no app runs. An exception ends the steps with status 1. The deployments in `deploy/` run
+    them once, before any replica starts; if they fail, no replica does.
     """
 
 
@@ -57,7 +57,7 @@ app = FastAPI(
     title="Items",
     version="1.0.0",
     lifespan=lifespan,
-    # FastAPI exports traces by itself where OpenTelemetry is set up; this option of its own leaves out those of probes.
+    # FastAPI exports traces by itself where OpenTelemetry is set up. By this option of FastAPI's, not those of probes:
     # `is_probe` is further down, hence the lambda.
     telemetry={"exclude": lambda scope: is_probe(scope)},
 )
@@ -85,7 +85,7 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 
 # --- The container's side: probes, log, limits, settings, start and stop ---
 
-YOURS = globals().copy()  # all names so far: `check_names` sees to it that what follows takes none of them
+YOURS = globals().copy()  # all names so far: `refuse_names` sees to it that what follows takes none of them
 
 import asyncio
 import builtins
@@ -136,14 +136,43 @@ container_log = logging.getLogger("service")
 IS_OURS = __name__ in {"__main__", "__mp_main__"}  # this is `python main.py` or a worker of it, not somebody's import
 
 
+def refuse_start(error: Exception) -> typing.NoReturn:
+    """Say in a sentence why this service does not start. Where something else imports this file, that is an exception."""
+    if not IS_OURS:
+        raise error
+    container_log.critical("%s", error)
+    sys.exit(1)
+
+
+def refuse_names(taken: collections.abc.Sequence[str]) -> None:
+    """Refuse to start if there are names of yours that the container's side needs."""
+    if taken:
+        names = ", ".join(taken)
+        refuse_start(
+            NameError(f"main.py: names of yours that the container's side needs; call them differently: {names}")
+        )
+
+
+# Python's names, since all that follows relies on them, but those for a prompt alone, such as `exit`.
+refuse_names(
+    [
+        name
+        for name, value in YOURS.items()
+        if not name.startswith("_")
+        and builtins.__dict__.get(name, value) is not value
+        and builtins.__dict__[name].__class__.__module__ != "_sitebuiltins"
+    ]
+)
+
+
 # Log: JSON on stdout, or uvicorn's coloured lines on a terminal
 
 
 class JsonLines:
     """Writes JSON to stdout, an object a line, from a thread: whoever adds one never waits for the reader of the log.
 
-    The thread writes every 50 ms, since it interrupts the event loop, but at once where much waits. Up to `MAX_WAITING`
-    bytes wait; of what comes beyond, a later line says how many were lost.
+    The thread writes every 50 ms, and at once where much waits: each time it wakes, it takes the interpreter from the event
+    loop. Up to `MAX_WAITING` bytes wait; of what comes beyond, a later line says how many were lost.
     """
 
     MAX_WAITING = 1_000_000
@@ -177,7 +206,7 @@ class JsonLines:
         data = self.encode(line)
         self.lines.append(data)
         size = len(data)
-        self.added += size  # without a call in it, in which another thread could add, too
+        self.added += size  # with no call in it: the interpreter lets another thread go on in calls and loops alone
         if not self.has_lines.is_set():
             self.has_lines.set()
         if self.added - self.written > self.MAX_WAITING // 4:
@@ -324,7 +353,7 @@ if IS_OURS:
 class ServerSettings(pydantic.BaseModel, frozen=True):
     """The container's settings, each a variable of its name in capitals, or a file that `<NAME>_FILE` names.
 
-    Uvicorn's options on the command line win over its variables, `UVICORN_<OPTION>`, and these over the settings.
+    What wins, in this order: an option of uvicorn's (`--port`), its variable (`UVICORN_PORT`), the setting (`PORT`).
     """
 
     port: int = pydantic.Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one")
@@ -363,14 +392,6 @@ class ServerSettings(pydantic.BaseModel, frozen=True):
 
 class SettingError(ValueError):
     """A setting that does not hold, in one sentence that names its variable."""
-
-
-def refuse_start(error: Exception) -> typing.NoReturn:
-    """Say in a sentence why this service does not start. Where something else imports this file, that is an exception."""
-    if not IS_OURS:
-        raise error
-    container_log.critical(error.format_message() if isinstance(error, click.ClickException) else str(error))
-    sys.exit(1)
 
 
 SettingsModel = typing.TypeVar("SettingsModel", bound=pydantic.BaseModel)
@@ -454,7 +475,9 @@ try:
     uvicorn_options = read_options()
 except click.exceptions.Exit as end:  # after --help and --version
     sys.exit(end.exit_code)
-except (SettingError, click.ClickException) as error:
+except click.ClickException as error:
+    refuse_start(SettingError(error.format_message()))
+except SettingError as error:
     refuse_start(error)
 
 
@@ -492,7 +515,7 @@ class Lifecycle:
         return Response(status_code=status, headers={"Cache-Control": "no-store"})
 
     async def start(self, app: asgi.ASGIApp, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
-        """Run the app's lifespan, with `on_sigterm` in the place of the server's handler, which `stop` calls.
+        """Run the app's lifespan, with `on_sigterm` in the place of the server's handler; `stop` calls the server's later.
 
         Where no server has set one, as in a test, nothing is replaced. A handler that your `lifespan` sets finds ours by
         `signal.getsignal`, and can call it.
@@ -676,7 +699,7 @@ class EnvelopeResponder:
         self.has_left = False  # the client, before its response
         self.is_complete = False
         self.is_logged = False
-        self.status = 500  # until the response begins, which it does not where an exception passes through
+        self.status = 500  # until a response begins; where an exception passes, Starlette makes one outside of us
         self.size = 0  # bytes
 
     async def receive(self) -> asgi.Message:
@@ -691,9 +714,11 @@ class EnvelopeResponder:
         elif message["type"] == "http.response.body":
             self.size += len(message.get("body", b""))
             self.is_complete = not message.get("more_body", False)
-        await self.client_send(message)
-        if self.is_complete:
-            self.log()
+        try:
+            await self.client_send(message)
+        finally:  # Starlette cancels the task of a stream once its last piece is written
+            if self.is_complete:
+                self.close()
 
     def begin(self, message: asgi.Message) -> asgi.Message:
         self.has_begun = True
@@ -718,6 +743,7 @@ class EnvelopeResponder:
         await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def close(self) -> None:
+        """Log the request; what its task does from now on, in the background, is no event stream."""
         self.lifecycle.event_streams.discard(self.task)
         self.log()
 
@@ -798,6 +824,8 @@ class Overload:
 
 class BodyLimits(RequestBodyLimitMiddleware):
     """Starlette's limit to the size of a body, answered with 413, and one to its time, answered with 408.
+
+    Both raise that refusal from `receive`, inside of whoever reads the body.
 
     The time, in seconds, is that between two pieces of the body, and runs only while the service waits for one. Either
     refusal closes the connection. A request without a body costs nothing here.
@@ -991,7 +1019,7 @@ class Http(HttpToolsProtocol):
             if self.unfinished > MAX_HEAD_BYTES:
                 self.refuse("Request too large.")
             elif self.reading == "head" and self.timeout_keep_alive_task is None and self.has_answered():
-                self.wait_for_client()  # else `on_response_complete` does so, after the last answer that is due
+                self.wait_for_client()  # while an answer is due, `on_response_complete` does so after it
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -1062,7 +1090,7 @@ class Http(HttpToolsProtocol):
         self.data_received(b"\r\n".join([*lines, b"", rest]))
 
     def has_answered(self) -> bool:
-        """Whether each request that has come has its whole response."""
+        """Whether each request that has come has its whole response: `cycle` is that of the newest."""
         return self.cycle is None or self.cycle.response_complete
 
     def refuse(self, message: str, cause: BaseException | None = None) -> None:
@@ -1085,7 +1113,7 @@ class Http(HttpToolsProtocol):
     def refuse_body(self, message: str) -> None:
         """Refuse a request whose head the app has already, or will have after those before it in the pipeline."""
         if self.pipeline:
-            self.pipeline.popleft()  # the newest, which is never served; uvicorn serves from the right
+            self.pipeline.popleft()  # the newest, never served: uvicorn adds on the left, serves from the right
             return
         self.disconnect()
         if not self.cycle.response_started:
@@ -1161,7 +1189,7 @@ class Outbox:
     """The responses of all connections that wait for the turn of the event loop to end, and are then sent in one go.
 
     So a client of many connections, such as a proxy, is woken once, after the work of the turn, not in the midst of it.
-    While several wait, Python searches for garbage a fifth as often: what it would find are the requests that wait.
+    While several wait, Python searches for garbage a fifth as often: it would walk over the requests that wait, in vain.
     bench/README.md has the figures of both.
     """
 
@@ -1184,7 +1212,7 @@ class Outbox:
         for response in responses:
             response.flush()
         if self.is_searching_less:
-            self.loop.call_soon(self.search_as_usual)  # after the requests, which go on in this turn
+            self.loop.call_soon(self.search_as_usual)  # in the next turn: in this one the requests go on, and end
 
     def search_less(self) -> None:
         self.is_searching_less = True
@@ -1223,9 +1251,10 @@ class ResponseTransport(asyncio.Transport):
         self.pieces.append(data)
 
     def flush(self) -> None:
-        if self.pieces and not self.is_closing():
-            self.transport.write(b"".join(self.pieces))
+        data = b"".join(self.pieces)
         self.pieces.clear()
+        if data and not self.is_closing():
+            self.transport.write(data)
 
     def is_closing(self) -> bool:
         return self.protocol.is_lingering or self.transport.is_closing()
@@ -1305,36 +1334,17 @@ def main() -> None:
         LOGGING_CONFIG["loggers"]["access"] = {"level": "CRITICAL"}
     uvicorn_options["access_log"] = False  # uvicorn's own lines: those of EnvelopeResponder take their place
     LOGGING_CONFIG["root"]["level"] = LOG_LEVELS[uvicorn_options["log_level"]]
-    if uvicorn_options["host"] == "::" and uvicorn_options["workers"] == 1 and not uvicorn_options["reload"]:
-        uvicorn_options["host"] = None  # IPv4, too, as with workers: one process alone would get IPv6 only
+    is_alone = uvicorn_options["workers"] == 1 and not uvicorn_options["reload"]
+    if uvicorn_options["host"] == "::" and is_alone and uvicorn_options["port"]:
+        # IPv4, too: else one process alone gets IPv6 only. Workers get both; with port 0 each would get another port.
+        uvicorn_options["host"] = None
     click.Context(uvicorn.main).invoke(uvicorn.main, app="__main__:app", app_dir=None, **uvicorn_options)
 
 
 # What makes the app of it all
 
 
-# Python's names, but those which are for itself, such as `__doc__`, or for a prompt alone, such as `exit`.
-BUILTINS = {
-    name: value
-    for name, value in vars(builtins).items()
-    if not name.startswith("_") and type(value).__module__ != "_sitebuiltins"
-}
-
-
-def check_names() -> None:
-    """Refuse to start where a name of your part is one of the container's side, or of Python, which that side relies on."""
-    taken = [
-        name for name, value in YOURS.items() if globals()[name] is not value or BUILTINS.get(name, value) is not value
-    ]
-    if taken:
-        refuse_start(
-            NameError(
-                f"main.py: names of yours that the container's side needs; call them differently: {', '.join(taken)}"
-            )
-        )
-
-
-check_names()
+refuse_names([name for name, value in YOURS.items() if globals()[name] is not value])
 YOURS.clear()  # what you replace later is not kept
 
 if Exception not in app.exception_handlers and 500 not in app.exception_handlers:

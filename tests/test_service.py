@@ -392,6 +392,32 @@ def test_event_stream_ends_by_itself_at_the_stop_and_its_client_sees_a_whole_res
     assert not process.said("Exception")
 
 
+AFTER_EVENTS = """
+import pathlib
+from fastapi import BackgroundTasks
+from fastapi.responses import StreamingResponse
+@app.get("/events")
+async def events(file: str, tasks: BackgroundTasks):
+    async def save():
+        while not pathlib.Path(file).exists():
+            await asyncio.sleep(0.01)
+        print("saved")
+    tasks.add_task(save)
+    return StreamingResponse(["data: tick\\n\\n"], media_type="text/event-stream")
+"""
+
+
+def test_background_task_of_an_event_stream_that_has_ended_gets_the_time_of_any_other(variant, tmp_path):
+    limits: dict[str, Any] = {"DRAIN_SECONDS": "0", "TIMEOUT_GRACEFUL_SHUTDOWN": "20"}
+    with Process(source=variant(AFTER_EVENTS), **limits) as process:
+        assert httpx.get(f"{process.url}/events?file={tmp_path}/end").text == "data: tick\n\n"
+        process.popen.terminate()
+        process.wait_for("Waiting for background tasks to complete")
+        (tmp_path / "end").touch()
+        process.end()
+    assert process.said("saved")
+
+
 READS_FIRST = """
 @app.middleware("http")
 async def read_first(request, call_next):
@@ -456,10 +482,9 @@ def test_names_of_a_service_stay_what_it_has_made_them(variant):
         assert httpx.get(process.url + "/names").json() == ["shop", "7", "a", "1 day, 0:00:00", "1"]
 
 
-def test_names_that_the_containers_side_has_taken_are_told_and_end_the_start(variant):
-    process = Process(source=variant("Lifecycle = json_lines = main = list = 0"))
+@pytest.mark.parametrize("names", ["Lifecycle, json_lines, main", "list, dict, str, type, isinstance"])
+def test_names_that_the_containers_side_has_taken_are_told_and_end_the_start(variant, names):
+    process = Process(source=variant(f"{names.replace(',', ' =')} = lambda *_: 0"))
     assert process.end() == 1
     (line,) = process.lines
-    assert line["message"].endswith(
-        " that the container's side needs; call them differently: Lifecycle, json_lines, main, list"
-    )
+    assert line["message"].endswith(f" that the container's side needs; call them differently: {names}")

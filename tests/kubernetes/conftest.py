@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def namespace(name: str) -> Generator[str]:
         yield name
     finally:
         kubectl("delete", "pods", "--all", f"--namespace={name}", "--force", "--grace-period=0")
-        kubectl("delete", "namespace", name)
+        kubectl("delete", "namespace", name, "--wait=false")  # the next run waits for its end
 
 
 @pytest.fixture(scope="session")
@@ -76,24 +77,29 @@ def routes(variant) -> str:
 
 
 @pytest.fixture(scope="session")
-def first(tmp_path_factory, routes) -> Generator[Copy]:
-    """A deployment as it comes: behind an Ingress."""
-    with namespace("first") as its:
-        copy = Copy(tmp_path_factory.mktemp("first") / "clone", its, routes, "first", "ingress")
-        copy.deploy()
-        copy.settle()
-        yield copy
+def copies(tmp_path_factory, routes) -> Generator[tuple[Copy, Copy]]:
+    """Both, deployed side by side at once."""
+    with namespace("first") as one, namespace("shop") as other:
+        kubectl("label", "namespace", other, "pod-security.kubernetes.io/enforce=restricted")
+        first = Copy(tmp_path_factory.mktemp("first") / "clone", one, routes, "first", "ingress")
+        shop = Copy(tmp_path_factory.mktemp("shop") / "clone", other, routes, "shop", "traefik")
+        (shop.folder / "deploy/secrets/database_url").write_text("postgresql://shop")
+        shop.edit("kustomization.yaml", "files: []", "files: [secrets/database_url]")
+        shop.set("DATABASE_URL_FILE=/run/secrets/database_url")
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(Copy.deploy, (first, shop)))
+        first.settle()
+        shop.settle()
+        yield first, shop
 
 
 @pytest.fixture(scope="session")
-def shop(tmp_path_factory, routes) -> Generator[Copy]:
+def first(copies) -> Copy:
+    """A deployment as it comes: behind an Ingress."""
+    return copies[0]
+
+
+@pytest.fixture(scope="session")
+def shop(copies) -> Copy:
     """A second one beside it, of another name, with a secret: behind Traefik's own route, in a stricter namespace."""
-    with namespace("shop") as its:
-        kubectl("label", "namespace", its, "pod-security.kubernetes.io/enforce=restricted")
-        copy = Copy(tmp_path_factory.mktemp("shop") / "clone", its, routes, "shop", "traefik")
-        (copy.folder / "deploy/secrets/database_url").write_text("postgresql://shop")
-        copy.edit("kustomization.yaml", "files: []", "files: [secrets/database_url]")
-        copy.set("DATABASE_URL_FILE=/run/secrets/database_url")
-        copy.deploy()
-        copy.settle()
-        yield copy
+    return copies[1]

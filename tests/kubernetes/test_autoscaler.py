@@ -4,7 +4,8 @@ from tests.harness import wait_until
 from tests.kubernetes.cluster import Copy, served
 from tests.kubernetes.load import RATE
 
-SOONER = "behavior: { scaleDown: { stabilizationWindowSeconds: 0 } }"  # than after the 300 s of its default
+# Than after the 300 s of its default.
+SOONER = '{"spec": {"behavior": {"scaleDown": {"stabilizationWindowSeconds": 0}}}}'
 
 
 def cpu(copy: Copy) -> float:
@@ -14,17 +15,14 @@ def cpu(copy: Copy) -> float:
 
 
 def test_replicas_follow_the_load_and_none_of_it_is_lost(first):
-    with (
-        first.edited("base/deployment.yaml", "cpu: 500m", "cpu: 80m"),  # so that this load is much for two
-        first.edited("base/autoscaler.yaml", "  metrics:", f"  {SOONER}\n  metrics:"),
-    ):
-        first.deploy()
-        first.settle(2)
-        with served(first, "load that rises") as load:
-            wait_until(lambda: len(first.pods()) > 2, 180)
-            used = cpu(first)
-            load.next("load that falls")
-            load.rate = RATE / 15
-            wait_until(lambda: len(first.pods()) == 2, 180)
-        print(f"{RATE} requests a second took {used:.2f} cores: {RATE / used:.0f} a second and core")
-        assert load.lost == []
+    first.kubectl("set", "resources", first.deployment, "--requests=cpu=80m")  # so that this load is much for two
+    first.kubectl("patch", "hpa", first.name, "--type=merge", f"--patch={SOONER}")
+    first.kubectl("rollout", "status", first.deployment)
+    with served(first, "load that rises") as load:
+        wait_until(lambda: len(first.pods()) > 2, 180)
+        used = cpu(first)
+        load.next("load that falls")
+        load.rate = RATE / 15
+        wait_until(lambda: len(first.pods()) == 2, 180)
+    print(f"{RATE} requests a second took {used:.2f} cores: {RATE / used:.0f} a second and core")
+    assert load.lost == []

@@ -2,6 +2,7 @@
 
 import json
 
+from tests.harness import wait_until
 from tests.kubernetes.cluster import Copy, kubectl, nodes, served
 
 
@@ -15,11 +16,12 @@ def drain(copy: Copy, node: str) -> None:
 
 
 def scale(copy: Copy, count: int) -> None:
-    """By the autoscaler, whose the number is: it would undo `kubectl scale`."""
+    """At once, and for the autoscaler, too, which would undo it."""
     at_once = {"scaleDown": {"stabilizationWindowSeconds": 0}}
     patch = json.dumps({"spec": {"minReplicas": count, "behavior": at_once}})
     copy.kubectl("patch", "hpa", copy.name, "--type=merge", f"--patch={patch}")
-    copy.settle(count)
+    copy.kubectl("scale", copy.deployment, f"--replicas={count}")
+    wait_until(lambda: len(copy.pods()) == count)
 
 
 def rollout(copy: Copy, verb: str) -> None:
@@ -90,7 +92,7 @@ def test_step_before_starting_that_fails_is_told(first, variant):
 
 
 def test_release_that_is_never_ready_is_told_and_goes_back(first, variant):
-    with first.edited("base/deployment.yaml", "progressDeadlineSeconds: 180", "progressDeadlineSeconds: 20"):
+    with first.edited("base/deployment.yaml", "progressDeadlineSeconds: 180", "progressDeadlineSeconds: 10"):
         said = broken(first, "an image that is never ready", variant(NEVER_READY))
     assert "Startup probe failed" in said
     assert "gone back to the one before it" in said
