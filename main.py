@@ -1246,9 +1246,10 @@ class ResponseTransport(asyncio.Transport):
         self.pieces: list[Any] = []
 
     def write(self, data: Any) -> None:
+        piece = bytes(data)  # what is none raises here, in its own request, not among the responses of others
         if not self.pieces:
             self.protocol.outbox.add(self)
-        self.pieces.append(data)
+        self.pieces.append(piece)
 
     def flush(self) -> None:
         data = b"".join(self.pieces)
