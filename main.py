@@ -35,7 +35,7 @@ class Settings(BaseModel):
     hello: str = "World"
 
 
-# Read after this part: use it inside functions.
+# Has its value after this part: use it inside functions.
 settings: Settings
 
 
@@ -57,8 +57,8 @@ app = FastAPI(
     title="Items",
     version="1.0.0",
     lifespan=lifespan,
-    # FastAPI exports traces by itself where OpenTelemetry is set up. By this option of FastAPI's, not those of probes:
-    # `is_probe` is further down, hence the lambda.
+    # Where OpenTelemetry is set up, FastAPI exports a trace of each request. This leaves out probes. A lambda, since
+    # `is_probe` is further down.
     telemetry={"exclude": lambda scope: is_probe(scope)},
 )
 
@@ -72,7 +72,7 @@ class Item(BaseModel):
     q: str | None = Field(examples=["somequery"])
 
 
-@app.head("/", include_in_schema=False)  # which some load balancers ask for, and a GET route does not answer
+@app.head("/", include_in_schema=False)  # some load balancers send HEAD, which a GET route does not answer
 @app.get("/", summary="Say hello")
 async def read_root() -> Greeting:
     return Greeting(Hello=settings.hello)
@@ -153,7 +153,8 @@ def refuse_names(taken: collections.abc.Sequence[str]) -> None:
         )
 
 
-# Python's names, since all that follows relies on them, but those for a prompt alone, such as `exit`.
+# Names of Python's come first, since all that follows relies on them; those that are for a prompt alone, such as `exit`,
+# may be taken.
 refuse_names(
     [
         name
@@ -206,7 +207,9 @@ class JsonLines:
         data = self.encode(line)
         self.lines.append(data)
         size = len(data)
-        self.added += size  # with no call in it: the interpreter lets another thread go on in calls and loops alone
+        self.added += (
+            size  # whole, since threads are switched at calls and loops alone: hence `len` on a line of its own
+        )
         if not self.has_lines.is_set():
             self.has_lines.set()
         if self.added - self.written > self.MAX_WAITING // 4:
@@ -312,7 +315,7 @@ class JsonHandler(logging.Handler):
 
 
 class OurErrors(logging.Filter):
-    """Leaves out the traceback that uvicorn logs when a client has left in the midst: it is no error of the service."""
+    """Leaves out what uvicorn logs of an exception that says that a client has left: it is no error of the service."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name != "uvicorn.error":
@@ -400,7 +403,7 @@ SettingsModel = typing.TypeVar("SettingsModel", bound=pydantic.BaseModel)
 def read_environment(model: type[SettingsModel], shows_values: bool) -> SettingsModel:
     """Read the settings that a model names; an empty variable counts as unset.
 
-    Raises `SettingError` for what does not hold, with its value if `shows_values`: that of yours may be a secret.
+    Raises `SettingError` for what does not hold, with its value if `shows_values`: a value of your settings may be a secret.
     """
     values: dict[str, str] = {}
     origins: dict[str, str] = {}
@@ -504,7 +507,7 @@ class Lifecycle:
         self.is_starting = False
         self.is_draining = False
         self.is_stopping = False
-        # Set once started, where SIGTERM is ours. While there is none, there is no drain.
+        # Set once started, where SIGTERM is ours. While there is no loop here, there is no drain.
         self.loop: asyncio.AbstractEventLoop | None = None
         self.stop_server: collections.abc.Callable[[], object] = lambda: None
         self.event_streams: set[asyncio.Task[Any]] = set()
@@ -640,7 +643,7 @@ class Envelope:
     def enter_trace(self, scope: asgi.Scope) -> contextvars.Token[opentelemetry.context.Context] | None:
         """Let the log name the request's span: the one that FastAPI exports, else the caller's, which becomes current.
 
-        Returns what leaves the caller's span again.
+        Returns the token with which the caller's span is left again.
         """
         # A span that is already current is FastAPI's, if it is local. A remote one is left over from the request before:
         # where requests are pipelined, uvicorn serves each in the context of the one before it.
@@ -1000,7 +1003,7 @@ class Http(HttpToolsProtocol):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * server_settings.send_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._unset_keepalive_if_required()  # which uvicorn's does only where there is no error
+        self._unset_keepalive_if_required()  # uvicorn's own `connection_lost` does so only where there is no error
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -1212,7 +1215,7 @@ class Outbox:
         for response in responses:
             response.flush()
         if self.is_searching_less:
-            self.loop.call_soon(self.search_as_usual)  # in the next turn: in this one the requests go on, and end
+            self.loop.call_soon(self.search_as_usual)  # in the next turn: in this one the tasks in TurnByTurn go on
 
     def search_less(self) -> None:
         self.is_searching_less = True

@@ -451,6 +451,22 @@ def test_own_middleware_keeps_refusals_of_a_body_what_they_are(limited, headers)
     assert (answer[:13], b"\r\nconnection: close" in answer) == (b"HTTP/1.1 408 ", True)
 
 
+TEXT_FOR_BYTES = """
+async def text_for_bytes(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": "hi"})
+app.mount("/text", text_for_bytes)
+"""
+
+
+def test_piece_of_a_response_that_is_no_bytes_fails_its_own_request(variant):
+    with Process(source=variant(TEXT_FOR_BYTES)) as process:
+        with pytest.raises(httpx.RemoteProtocolError):
+            httpx.get(process.url + "/text/")
+        assert httpx.get(process.url + "/").status_code == 200
+        assert process.wait_for("Exception in ASGI application")["exception.type"] == "TypeError"
+
+
 NAMES = """
 import datetime
 from asyncio import TimeoutError  # which is Python's own

@@ -140,6 +140,11 @@ class Copy:
             self.kubectl("rollout", "restart", self.deployment)
         self.settle()
 
+    def autoscale(self, **bounds: int) -> None:
+        """Set the autoscaler's bounds, and let it take replicas back at once, not after the 300 s of its default."""
+        spec = {"behavior": {"scaleDown": {"stabilizationWindowSeconds": 0}}, **bounds}
+        self.kubectl("patch", "hpa", self.name, "--type=merge", f"--patch={json.dumps({'spec': spec})}")
+
     def restarts(self) -> dict[str, int]:
         """How often each replica has been restarted."""
         return {

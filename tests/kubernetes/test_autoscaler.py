@@ -4,9 +4,6 @@ from tests.harness import wait_until
 from tests.kubernetes.cluster import Copy, served
 from tests.kubernetes.load import RATE
 
-# Than after the 300 s of its default.
-SOONER = '{"spec": {"behavior": {"scaleDown": {"stabilizationWindowSeconds": 0}}}}'
-
 
 def cpu(copy: Copy) -> float:
     """Cores that all replicas together use, as the autoscaler sees it."""
@@ -16,7 +13,7 @@ def cpu(copy: Copy) -> float:
 
 def test_replicas_follow_the_load_and_none_of_it_is_lost(first):
     first.kubectl("set", "resources", first.deployment, "--requests=cpu=80m")  # so that this load is much for two
-    first.kubectl("patch", "hpa", first.name, "--type=merge", f"--patch={SOONER}")
+    first.autoscale()
     first.kubectl("rollout", "status", first.deployment)
     with served(first, "load that rises") as load:
         wait_until(lambda: len(first.pods()) > 2, 180)

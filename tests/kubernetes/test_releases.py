@@ -1,7 +1,5 @@
 """No request is lost to what is done to a deployment, behind any Ingress; a broken release is told, and goes back."""
 
-import json
-
 from tests.harness import wait_until
 from tests.kubernetes.cluster import Copy, kubectl, nodes, served
 
@@ -17,9 +15,7 @@ def drain(copy: Copy, node: str) -> None:
 
 def scale(copy: Copy, count: int) -> None:
     """At once, and for the autoscaler, too, which would undo it."""
-    at_once = {"scaleDown": {"stabilizationWindowSeconds": 0}}
-    patch = json.dumps({"spec": {"minReplicas": count, "behavior": at_once}})
-    copy.kubectl("patch", "hpa", copy.name, "--type=merge", f"--patch={patch}")
+    copy.autoscale(minReplicas=count)
     copy.kubectl("scale", copy.deployment, f"--replicas={count}")
     wait_until(lambda: len(copy.pods()) == count)
 
