@@ -21,8 +21,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
 # --- Your service: everything that you add goes here ---
-# Routes, models, middleware and exception handlers stand below `app`. What follows this part wraps all of them. If you
-# define a name that it also defines, or a name of Python's such as `list`, the service refuses to start and says which.
+# Add routes, models, middleware and exception handlers below `app`. The second part of the file wraps them. Where you
+# define a name that it needs, or a name of Python's such as `list`, the service refuses to start and says which.
 # One thing alone stands elsewhere: a middleware that takes a setting, at `app.add_middleware` near the end of the file.
 
 
@@ -35,7 +35,7 @@ class Settings(BaseModel):
     hello: str = "World"
 
 
-# Has its value after this part: use it inside functions.
+# `settings` gets its value in the second part of the file, so use it inside functions only.
 settings: Settings
 
 
@@ -57,8 +57,8 @@ app = FastAPI(
     title="Items",
     version="1.0.0",
     lifespan=lifespan,
-    # Where OpenTelemetry is set up, FastAPI exports a trace of each request. This leaves out probes. A lambda, since
-    # `is_probe` is further down.
+    # Leaves probes out of the traces that FastAPI exports where OpenTelemetry is set up. It is a lambda, because
+    # `is_probe` is defined further down.
     telemetry={"exclude": lambda scope: is_probe(scope)},
 )
 
@@ -102,7 +102,9 @@ import logging.config
 import os
 import pathlib
 import re
+import signal  # once more, as `sys`, since you may have taken the name
 import socket
+import sys  # noqa: F811
 import threading
 import time
 import typing
@@ -132,6 +134,9 @@ from starlette.websockets import WebSocketDisconnect
 from uvicorn.config import LOG_LEVELS, LOGGING_CONFIG
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+if sys.platform != "win32":
+    import fcntl
+
 container_log = logging.getLogger("service")
 IS_OURS = __name__ in {"__main__", "__mp_main__"}  # this is `python main.py` or a worker of it, not somebody's import
 
@@ -153,14 +158,15 @@ def refuse_names(taken: collections.abc.Sequence[str]) -> None:
         )
 
 
-# Names of Python's come first, since all that follows relies on them; those that are for a prompt alone, such as `exit`,
-# may be taken.
+# Names of Python's come first, since all that follows relies on them, and so without the help of any such as `type`. Those
+# that are for a prompt alone, such as `exit`, may be taken.
 refuse_names(
     [
         name
         for name, value in YOURS.items()
         if not name.startswith("_")
-        and builtins.__dict__.get(name, value) is not value
+        and name in builtins.__dict__
+        and value is not builtins.__dict__[name]
         and builtins.__dict__[name].__class__.__module__ != "_sitebuiltins"
     ]
 )
@@ -172,14 +178,14 @@ refuse_names(
 class JsonLines:
     """Writes JSON to stdout, an object a line, from a thread: whoever adds one never waits for the reader of the log.
 
-    The thread writes every 50 ms, and at once where much waits: each time it wakes, it takes the interpreter from the event
-    loop. Up to `MAX_WAITING` bytes wait; of what comes beyond, a later line says how many were lost.
+    The thread writes every 50 ms, since it takes the interpreter from the event loop each time it wakes, and at once where
+    much waits. Up to `MAX_WAITING` bytes wait; of what comes beyond, a later line says how many lines were lost.
     """
 
     MAX_WAITING = 1_000_000
 
     def __init__(self) -> None:
-        self.stdout = sys.__stdout__.fileno() if sys.__stdout__ else None  # also where yours replaces `sys.stdout`
+        self.stdout = sys.__stdout__.fileno() if sys.__stdout__ else None  # even if your code replaces `sys.stdout`
         self.lines: collections.deque[bytes] = collections.deque()
         self.added = 0  # bytes, counted by who adds
         self.written = 0  # bytes, counted by the thread
@@ -206,10 +212,8 @@ class JsonLines:
             return
         data = self.encode(line)
         self.lines.append(data)
-        size = len(data)
-        self.added += (
-            size  # whole, since threads are switched at calls and loops alone: hence `len` on a line of its own
-        )
+        size = len(data)  # a line of its own: threads are switched at calls, and the sum below must be whole
+        self.added += size
         if not self.has_lines.is_set():
             self.has_lines.set()
         if self.added - self.written > self.MAX_WAITING // 4:
@@ -226,7 +230,7 @@ class JsonLines:
         while self.has_lines.wait():
             self.has_many.wait(0.05)
             self.has_many.clear()
-            self.has_lines.clear()
+            self.has_lines.clear()  # before the lines are taken: one that is added from here on sets it again
             data = b"".join([self.lines.popleft() for _ in range(len(self.lines))])
             self.write(data)
             lost = self.lost - reported
@@ -237,15 +241,24 @@ class JsonLines:
             self.written += len(data)
 
     def write(self, data: bytes) -> None:
+        """Write all of it while no other worker does: more than 4,096 bytes go into a pipe in parts."""
+        self.lock(True)
         while data and self.stdout is not None:
             try:
                 size = os.write(self.stdout, data)
             except BlockingIOError:
                 time.sleep(0.01)
             except OSError:  # nobody reads the log any more
-                return
+                break
             else:
                 data = data[size:]
+        self.lock(False)
+
+    def lock(self, is_mine: bool) -> None:
+        """Take or release stdout among processes; where there are no such locks, it is as if it were free."""
+        if sys.platform != "win32" and self.stdout is not None:
+            with contextlib.suppress(OSError):
+                fcntl.lockf(self.stdout, fcntl.LOCK_EX if is_mine else fcntl.LOCK_UN)
 
     def encode(self, line: dict[str, Any]) -> bytes:
         line["timestamp"] = dt.datetime.fromtimestamp(line["timestamp"], dt.UTC).isoformat(timespec="microseconds")
@@ -264,7 +277,6 @@ class JsonLines:
 json_lines = JsonLines() if IS_OURS and not (sys.__stdout__ and sys.__stdout__.isatty()) else None
 
 # The span of the request that is being served. OpenTelemetry's own is over before uvicorn logs an exception.
-request_span: contextvars.ContextVar[trace.SpanContext]
 request_span = contextvars.ContextVar("request_span", default=trace.INVALID_SPAN_CONTEXT)
 
 
@@ -331,7 +343,7 @@ def log_exception_of_thread(end: threading.ExceptHookArgs) -> None:
 
 def configure_logging() -> None:
     """Set up all of this process's log, and what uvicorn sets up again in each of its processes."""
-    LOGGING_CONFIG["root"] = {"handlers": ["default"], "level": "INFO"}
+    LOGGING_CONFIG["root"] = {"handlers": ["default"], "level": "INFO"}  # until `main` knows `--log-level`
     if json_lines:
         LOGGING_CONFIG["handlers"]["default"] = {"()": JsonHandler}
         for formatter in LOGGING_CONFIG["formatters"].values():
@@ -413,10 +425,13 @@ def read_environment(model: type[SettingsModel], shows_values: bool) -> Settings
         file = os.environ.get(f"{variable}_FILE")
         if value and file:
             raise SettingError(f"{variable} and {variable}_FILE are both set: one of them is too many")
-        origins[name] = f"{variable}={value}" if value and shows_values else variable
         if file:
             value = read_setting_file(variable, file)
             origins[name] = f"{variable}_FILE={file}"
+        elif value and shows_values:
+            origins[name] = f"{variable}={value}"
+        else:
+            origins[name] = variable
         if value:
             values[name] = value
     try:
@@ -436,7 +451,7 @@ def read_setting_file(variable: str, file: str) -> str:
         raise SettingError(f"{variable}_FILE={file}: {error}") from None
 
 
-HIDDEN_OPTIONS = {"app", "app_dir", "factory", "env_file"}  # of uvicorn, since this file decides what they say
+HIDDEN_OPTIONS = {"app", "app_dir", "factory", "env_file"}  # uvicorn's options that this file settles
 
 
 def read_options() -> dict[str, Any]:
@@ -473,7 +488,7 @@ def read_options() -> dict[str, Any]:
 
 
 try:
-    settings = read_environment(Settings, shows_values=False)
+    settings = read_environment(Settings, shows_values=False)  # those of your part
     server_settings = read_environment(ServerSettings, shows_values=True)
     uvicorn_options = read_options()
 except click.exceptions.Exit as end:  # after --help and --version
@@ -491,7 +506,7 @@ def is_reloading() -> bool:
     """Whether an edit restarts this process: it should do so at once then."""
     if IS_OURS:
         return uvicorn_options["reload"]
-    return "dev" in sys.argv or "--reload" in sys.argv  # of `fastapi dev` and `uvicorn --reload`
+    return sys.argv[1:2] == ["dev"] or "--reload" in sys.argv  # `fastapi dev` and `uvicorn --reload`
 
 
 class Lifecycle:
@@ -507,9 +522,9 @@ class Lifecycle:
         self.is_starting = False
         self.is_draining = False
         self.is_stopping = False
-        # Set once started, where SIGTERM is ours. While there is no loop here, there is no drain.
-        self.loop: asyncio.AbstractEventLoop | None = None
         self.stop_server: collections.abc.Callable[[], object] = lambda: None
+        # None until the app has started, and where SIGTERM is not ours: then there is no drain.
+        self.loop: asyncio.AbstractEventLoop | None = None
         self.event_streams: set[asyncio.Task[Any]] = set()
 
     def probe(self, scope: asgi.Scope) -> Response:
@@ -561,10 +576,10 @@ class Lifecycle:
     def drain(self) -> None:
         """Begin the drain; end it if it has begun."""
         assert self.loop is not None
-        if self.is_draining and __name__ == "__mp_main__":
-            return  # sent to a whole group, SIGTERM comes to a worker from its parent, too
         if self.is_draining:
-            self.stop()
+            # A worker may get the same SIGTERM twice, from its group and from its parent.
+            if __name__ != "__mp_main__":
+                self.stop()
             return
         self.is_draining = True
         container_log.info("Shutting down in %g s", self.drain_seconds)
@@ -597,15 +612,22 @@ class Lifecycle:
 
 PROBES = {"/livez", "/readyz"}
 TRACE_HEADERS = {b"traceparent", b"tracestate", b"baggage"}
-# Of a response that has none of its own by these names. The policy is what the pages of FastAPI's documentation need; a
-# page of yours that loads from other hosts brings another.
-SAFE_HEADERS = {
-    "x-content-type-options": "nosniff",
-    "content-security-policy": "default-src 'self' 'unsafe-inline' data: blob:",
-}
-# Those that uvicorn is told to send (`--header`) are its own.
 UVICORNS_HEADERS = {header.partition(":")[0].strip().lower() for header in uvicorn_options.get("headers", ())}
-SAFE_HEADERS = {name: value for name, value in SAFE_HEADERS.items() if name not in UVICORNS_HEADERS}
+# Headers that a response gets if neither it nor uvicorn (`--header`) has one of that name. The policy is what the pages of
+# FastAPI's documentation need; a page of yours that loads from other hosts brings another.
+SAFE_HEADERS = {
+    name: value
+    for name, value in {
+        "x-content-type-options": "nosniff",
+        "content-security-policy": "default-src 'self' 'unsafe-inline' data: blob:",
+    }.items()
+    if name not in UVICORNS_HEADERS
+}
+
+
+def is_http1(scope: asgi.Scope) -> bool:
+    """Whether a response may say `Connection: close`, which HTTP/2 forbids."""
+    return scope.get("http_version") in {"1.0", "1.1"}
 
 
 def is_probe(scope: asgi.Scope) -> bool:
@@ -719,7 +741,7 @@ class EnvelopeResponder:
             self.is_complete = not message.get("more_body", False)
         try:
             await self.client_send(message)
-        finally:  # Starlette cancels the task of a stream once its last piece is written
+        finally:  # since Starlette may cancel this task here, once the last piece of a stream is written
             if self.is_complete:
                 self.close()
 
@@ -729,7 +751,7 @@ class EnvelopeResponder:
         headers = list(message.get("headers", ()))
         own = {name.lower(): value for name, value in headers}
         headers += [header for header in self.envelope.headers if header[0] not in own]
-        if self.lifecycle.is_draining and self.scope["http_version"] in {"1.0", "1.1"}:
+        if self.lifecycle.is_draining and is_http1(self.scope):
             headers.append((b"connection", b"close"))
         if own.get(b"content-type", b"").startswith(b"text/event-stream"):
             self.lifecycle.add_event_stream(self.task)
@@ -778,24 +800,23 @@ class EnvelopeResponder:
     def route(self) -> str | None:
         """The template of the path, with the prefixes of routers and of mounted apps.
 
-        Of `/api/5/items/7`, where the route's own part is `/items/7`, it is `/api/{tenant}/items/{item_id}`. A prefix is
-        guessed by its values: a part of it that equals the value of a parameter is shown as that parameter.
+        Such as `/api/{tenant}/items/{item_id}` for `/api/5/items/7`; the comments go on with it. A prefix is guessed by its
+        values: a part of it that equals the value of a parameter is shown as that parameter.
         """
-        route = self.scope.get("route")
+        route = self.scope.get("route")  # of "/items/{item_id}"
         if not hasattr(route, "path_format"):  # none has matched, or one by the host
             return None
-        values = {name: str(value) for name, value in self.scope["path_params"].items()}
+        values = {name: str(value) for name, value in self.scope["path_params"].items()}  # {tenant: 5, item_id: 7}
         try:
-            own = route.path_format.format(**values)
+            own = route.path_format.format(**values)  # "/items/7"
         except (KeyError, IndexError, ValueError):  # it is a mount, whose rest of a path is no parameter
             return route.path_format
         path = self.scope["path"].removeprefix(self.root_path)
         if path == own or not path.endswith(own):
             return route.path_format
-        # The rest of the path is of routers and mounted apps. It has values where the template has names.
+        prefix = path.removesuffix(own)  # "/api/5"
         names = {value: f"{{{name}}}" for name, value in values.items() if f"{{{name}}}" not in route.path_format}
-        prefix = "/".join(names.get(part, part) for part in path.removesuffix(own).split("/"))
-        return prefix + route.path_format
+        return "/".join(names.get(part, part) for part in prefix.split("/")) + route.path_format
 
 
 # What is refused
@@ -828,7 +849,8 @@ class Overload:
 class BodyLimits(RequestBodyLimitMiddleware):
     """Starlette's limit to the size of a body, answered with 413, and one to its time, answered with 408.
 
-    Both raise that refusal from `receive`, inside of whoever reads the body.
+    Either is raised from `receive`, inside of whoever reads the body. To an app that does not read, only a length that is
+    announced can be too much: its response is replaced.
 
     The time, in seconds, is that between two pieces of the body, and runs only while the service waits for one. Either
     refusal closes the connection. A request without a body costs nothing here.
@@ -865,7 +887,7 @@ class BodyLimits(RequestBodyLimitMiddleware):
     def has_body(self, scope: asgi.Scope) -> bool:
         if scope["type"] != "http":
             return False
-        if scope.get("http_version") not in {"1.0", "1.1"}:
+        if not is_http1(scope):
             return True  # HTTP/2 does not announce it
         for name, _ in scope["headers"]:
             if name in {b"content-length", b"transfer-encoding"}:
@@ -903,7 +925,7 @@ class BodyResponder:
         if message["type"] == "http.response.start":
             self.has_response = True
             is_refusal = self.is_late or message["status"] in {408, 413}
-            if is_refusal and self.scope.get("http_version") in {"1.0", "1.1"}:
+            if is_refusal and is_http1(self.scope):
                 message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
         await self.send(message)
 
@@ -913,13 +935,16 @@ async def internal_server_error(request: Request, error: Exception) -> JSONRespo
 
     Starlette sends it from outside of all middleware, so that it has to bring the headers itself.
     """
-    return JSONResponse({"detail": "Internal Server Error"}, 500, {**SAFE_HEADERS, "connection": "close"})
+    headers = dict(SAFE_HEADERS)
+    if is_http1(request.scope):
+        headers["connection"] = "close"
+    return JSONResponse({"detail": "Internal Server Error"}, 500, headers)
 
 
 async def http_exception_with_cause(request: Request, error: Exception) -> Response:
-    """FastAPI's answer; a refusal by the system that is behind it, such as a full `/tmp`, is logged."""
+    """FastAPI's answer. Where it blames the client for a body that the system refused, as with a full `/tmp`, log why."""
     assert isinstance(error, StarletteHTTPException)
-    if isinstance(error.__cause__, OSError):
+    if error.status_code == 400 and isinstance(error.__cause__, OSError):
         container_log.error(
             "%s %s: %s", request.method, urllib.parse.quote(request.url.path), error.detail, exc_info=error.__cause__
         )
@@ -956,7 +981,7 @@ def serve_documentation_from_here(app: fastapi.FastAPI, assets: str = "/static-o
     for index, route in enumerate(app.routes):
         if isinstance(route, starlette.routing.Mount) and isinstance(route.app, fastapi.FastAPI):
             serve_documentation_from_here(route.app, assets)
-        elif isinstance(route, starlette.routing.Route) and route.path in pages:
+        elif type(route) is starlette.routing.Route and route.path in pages:  # no subclass, as a route of yours is one
             app.routes[index] = starlette.routing.Route(route.path, from_here(route.endpoint), include_in_schema=False)
     if app.openapi_url and pages:
         app.routes.insert(
@@ -978,9 +1003,9 @@ class Http(HttpToolsProtocol):
     It knows these of uvicorn's parts, which are not documented: the attributes `app`, `client`, `cycle`, `flow`, `headers`,
     `logger`, `loop`, `parser`, `pipeline`, `server_state`, `timeout_keep_alive`, `timeout_keep_alive_task`, `transport` and
     `url`, the methods `_should_upgrade`, `_unset_keepalive_if_required`, `_unsupported_upgrade_warning`,
-    `handle_websocket_upgrade`, `on_response_complete` and `timeout_keep_alive_handler`, and of a cycle `disconnected`,
-    `message_event`, `response_complete`, `response_started` and `transport`. Hence the bound of uvicorn's version at the
-    head.
+    `handle_websocket_upgrade`, `on_response_complete` and `timeout_keep_alive_handler`, and of a cycle, which is one request
+    and its response, `disconnected`, `message_event`, `response_started` and `transport`. Hence the bound of uvicorn's
+    version at the head.
     """
 
     parser: Any  # which uvicorn declares as perhaps None, since it is after the end
@@ -989,6 +1014,7 @@ class Http(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self.app = TurnByTurn(self.app)
         self.outbox = outbox_of(self.loop)
+        self.unanswered: collections.deque[Any] = collections.deque()  # cycles without a whole response, oldest first
         self.reading: typing.Literal["nothing", "head", "body"] = "nothing"  # of a request
         self.unfinished = 0  # bytes, since the parser last had something whole
         self.is_refused = False  # input is dropped; responses that are still due are written, and then it lingers
@@ -1003,7 +1029,10 @@ class Http(HttpToolsProtocol):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * server_settings.send_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._unset_keepalive_if_required()  # uvicorn's own `connection_lost` does so only where there is no error
+        """Tell the app that its client is gone, and stop the timer, where uvicorn would not: amid a pipeline, by an error."""
+        for cycle in self.unanswered:
+            self.disconnect(cycle)
+        self._unset_keepalive_if_required()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -1030,7 +1059,10 @@ class Http(HttpToolsProtocol):
         self._unset_keepalive_if_required()
 
     def on_headers_complete(self) -> None:
-        """Limit the fields and the requests that wait; a host must be named (RFC 9112, 3.2), the target be UTF-8."""
+        """Limit the fields and the requests that wait; a host must be named (RFC 9112, 3.2), path and query be UTF-8.
+
+        A ValueError from here is answered with 400 by `data_received`.
+        """
         hosts = [name for name, _ in self.headers].count(b"host")
         if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
             raise ValueError(f"{hosts} Host fields")
@@ -1038,17 +1070,18 @@ class Http(HttpToolsProtocol):
             raise ValueError(f"{len(self.headers)} header fields")
         if len(self.pipeline) >= MAX_PIPELINE:
             raise ValueError("too many requests before their answers")
-        urllib.parse.unquote(self.url.decode("ascii"), errors="strict")  # raises a ValueError, too
+        urllib.parse.unquote(self.url.decode("ascii"), errors="strict")  # for the ValueError that it may raise
         self._unset_keepalive_if_required()
         self.unfinished = 0
         is_websocket = self._should_upgrade()
         if self.parser.should_upgrade() and not is_websocket:
             return  # `data_received` calls `upgrade` next, which serves it
-        super().on_headers_complete()
+        super().on_headers_complete()  # makes a cycle of the request, unless it is a WebSocket's
         if not is_websocket:
             self.reading = "body"
             self.headers = []  # another list, since uvicorn would add trailers to the one that the scope holds
             self.cycle.transport = ResponseTransport(self, self.transport)
+            self.unanswered.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         self.unfinished = 0
@@ -1093,8 +1126,8 @@ class Http(HttpToolsProtocol):
         self.data_received(b"\r\n".join([*lines, b"", rest]))
 
     def has_answered(self) -> bool:
-        """Whether each request that has come has its whole response: `cycle` is that of the newest."""
-        return self.cycle is None or self.cycle.response_complete
+        """Whether each request that has come has its whole response."""
+        return not self.unanswered
 
     def refuse(self, message: str, cause: BaseException | None = None) -> None:
         """Answer what is being read with a 400, unless that would be a second response to it, and end the connection.
@@ -1117,16 +1150,17 @@ class Http(HttpToolsProtocol):
         """Refuse a request whose head the app has already, or will have after those before it in the pipeline."""
         if self.pipeline:
             self.pipeline.popleft()  # the newest, never served: uvicorn adds on the left, serves from the right
+            self.unanswered.pop()
             return
-        self.disconnect()
+        self.disconnect(self.cycle)
         if not self.cycle.response_started:
             self.write_400(message)
         self.linger()
 
-    def disconnect(self) -> None:
-        """Tell the app that the client of the newest request is gone, since it gets nothing more of it."""
-        self.cycle.disconnected = True
-        self.cycle.message_event.set()
+    def disconnect(self, cycle: Any) -> None:
+        """Tell the app that the client of this request is gone, since it gets nothing more of it."""
+        cycle.disconnected = True
+        cycle.message_event.set()
 
     def write_400(self, message: str) -> None:
         headers = [
@@ -1157,7 +1191,10 @@ class Http(HttpToolsProtocol):
         self.logger.warning(message, extra={"client.address": address, "cause": str(cause or "")})
 
     def wait_for_client(self) -> None:
-        """Close the connection if the client does not send in time what is expected next: a request, or a head's rest."""
+        """Close the connection if the client does not send in time what is expected next: a request, or a head's rest.
+
+        Uvicorn's one timer of a connection does both, and the lingering.
+        """
         self._unset_keepalive_if_required()
         is_head = self.reading == "head" and not self.is_lingering
         seconds = server_settings.client_header_timeout if is_head else self.timeout_keep_alive
@@ -1169,6 +1206,7 @@ class Http(HttpToolsProtocol):
         super().timeout_keep_alive_handler()
 
     def on_response_complete(self) -> None:
+        self.unanswered.popleft()
         was_last = not self.pipeline
         super().on_response_complete()
         if self.is_refused and was_last:
@@ -1324,9 +1362,10 @@ def check_limits(workers: int) -> None:
 def main() -> None:
     """Run the steps before starting, or serve with uvicorn, with JSON on stdout and the protocol's limits."""
     check_limits(uvicorn_options["workers"])  # for the steps before starting, too, or they would run for nothing
-    if uvicorn_options.pop("prestart"):
+    if uvicorn_options["prestart"]:
         prestart()
         return
+    del uvicorn_options["prestart"]  # the rest are uvicorn's
     if uvicorn_options["http"] in {"auto", "httptools"}:
         # By name, since workers import it: there, too, `sys.modules` has this file as `__main__`.
         uvicorn_options["http"] = "__main__:Http"

@@ -149,7 +149,7 @@ def test_clients_that_do_not_read_are_closed_in_time(image):
 
 
 def test_hostile_clients_leave_nothing_behind(image):
-    """All of the above at once, twice: what was open and used after the first time is so again, and no error is logged."""
+    """All of the above at once, again and again: soon an attack takes no memory that the one before it has not taken."""
 
     def attack() -> None:
         with ThreadPoolExecutor(50) as pool:
@@ -160,15 +160,18 @@ def test_hostile_clients_leave_nothing_behind(image):
 
     with image.container(flags=IN_TIME) as container:
         httpx.get(f"{container.url}/docs")
-        start = state(container)
-        attack()
-        first = state(container)
-        attack()
-        wait_until(lambda: state(container)[0] <= start[0])
-        second = state(container)
-        print(f"\nMB resident at the start, after an attack, after another: {start[1]}, {first[1]}, {second[1]}")
-        assert second[1] < first[1] + 2
-        assert second[1] < start[1] + 12
+        open_before, at_start = state(container)
+        resident = [at_start]
+
+        def no_more_is_taken() -> bool:
+            attack()
+            wait_until(lambda: state(container)[0] <= open_before)
+            resident.append(state(container)[1])
+            print("MB resident at the start, and after each attack:", *resident)
+            return resident[-1] < resident[-2] + 0.25
+
+        # A request that stays takes 10 KB at least, and each attack has hundreds.
+        assert any(no_more_is_taken() for _ in range(8))
         assert (container.inspect("State.Running"), container.inspect("State.OOMKilled")) == (True, False)
         assert not [line for line in container.logs() if line["level"] in {"error", "critical"}]
 

@@ -6,12 +6,13 @@ import re
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
-from tests.harness import TRACEPARENT, Process, frozen, write_variant
+from tests.harness import TRACEPARENT, Process, frozen, wait_until, write_variant
 
 SAYING = """
 import logging, threading, warnings
@@ -79,6 +80,32 @@ def test_every_line_is_json_from_the_first_to_the_last(over):
 def test_lines_of_several_threads_stay_whole(over):
     said = [line["message"] for line in over.lines if line["logger"] == "long"]
     assert [said.count(letter * 9000) for letter in "ab"] == [50, 50]
+
+
+BURST = """
+@app.get("/burst")
+def burst() -> None:
+    for _ in range(20):
+        logging.getLogger("burst").info(f"{os.getpid()} " + "x" * 9000)
+"""
+
+
+def test_lines_of_several_workers_stay_whole(variant):
+    def workers() -> set[str]:
+        return {line["message"].split()[0] for line in process.lines if line.get("logger") == "burst"}
+
+    def ask(_) -> None:
+        for _ in range(10):
+            httpx.get(process.url + "/burst")
+
+    def both_have_written() -> bool:
+        [*pool.map(ask, range(2))]
+        process.mark()
+        return len(workers()) == 2
+
+    with Process(source=variant(BURST), WEB_CONCURRENCY="2") as process, ThreadPoolExecutor() as pool:
+        wait_until(both_have_written)
+        assert [line for line in process.lines if "level" not in line] == []
 
 
 def test_import_that_fails_ends_the_start_with_pythons_traceback(variant):

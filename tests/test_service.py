@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from fastapi import Request
 
-from tests.harness import TRACEPARENT, Process, load, with_packages, write_variant
+from tests.harness import TRACEPARENT, Process, frozen, load, with_packages, write_variant
 
 
 def ask(source: Path, path: str, **options) -> httpx.Response:
@@ -184,6 +185,15 @@ async def plain(scope, receive, send):
     await send({"type": "http.response.start", "status": 204})
     await send({"type": "http.response.body"})
 app.mount("/plain", plain)
+@app.post("/docs")
+async def add_doc() -> int:
+    return 3
+@app.get("/files/{name}")
+async def read_file(name: str) -> bytes:
+    try:
+        return open(f"/nonexistent/{name}", "rb").read()
+    except OSError as error:
+        raise fastapi.HTTPException(404) from error
 @app.get("/reused")
 async def reused():
     async def chunks():
@@ -256,6 +266,16 @@ def test_pages_load_from_here_those_of_a_mounted_app_too(usual, prefix):
         (script,) = re.findall(r'<script src="([^"]*)"', page)
         assert script.startswith(f"{prefix}{mount}/static-offline-docs/")
         assert httpx.get(usual.url + script.removeprefix(prefix)).status_code == 200
+
+
+def test_own_route_beside_a_page_of_the_documentation_stays(usual):
+    assert httpx.post(usual.url + "/docs").json() == 3
+
+
+def test_answer_that_says_what_the_system_said_is_no_error(usual):
+    start = usual.mark()
+    assert httpx.get(usual.url + "/files/mine").status_code == 404
+    assert [line["level"] for line in usual.since(start)] == ["info"]
 
 
 def test_state_of_the_app_is_the_users(usual):
@@ -348,6 +368,13 @@ def test_scope_may_lack_what_asgi_lets_a_server_leave_out(variant):
     command = [sys.executable, "-c", SCOPE]
     result = subprocess.run(command, cwd=variant().parent, capture_output=True, text=True, check=False)
     assert (result.stdout, result.stderr) == ("[200, 200, 200]\n", "")
+
+
+@pytest.mark.parametrize(("version", "says_close"), [("1.1", True), ("2", False)])
+def test_500_closes_a_connection_of_http_1_alone(version, says_close):
+    scope = {"type": "http", "http_version": version, "method": "GET", "path": "/", "headers": []}
+    response = asyncio.run(load(frozen()).internal_server_error(Request(scope), Exception()))
+    assert ("connection" in response.headers) == says_close
 
 
 EVENTS = """
@@ -498,7 +525,7 @@ def test_names_of_a_service_stay_what_it_has_made_them(variant):
         assert httpx.get(process.url + "/names").json() == ["shop", "7", "a", "1 day, 0:00:00", "1"]
 
 
-@pytest.mark.parametrize("names", ["Lifecycle, json_lines, main", "list, dict, str, type, isinstance"])
+@pytest.mark.parametrize("names", ["Lifecycle, json_lines, main", "list, dict, str, type, isinstance", "signal, sys"])
 def test_names_that_the_containers_side_has_taken_are_told_and_end_the_start(variant, names):
     process = Process(source=variant(f"{names.replace(',', ' =')} = lambda *_: 0"))
     assert process.end() == 1

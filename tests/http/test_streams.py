@@ -124,3 +124,13 @@ def test_stream_waits_for_a_client_that_does_not_read(loop):
         client.head()
         wait_until(lambda: get(loop, "/made") == get(loop, "/made"), 30)
         assert 0 < int(get(loop, "/made")) - before < 100
+
+
+@pytest.mark.parametrize("waiting", [b"", GET], ids=["alone", "with another request behind it"])
+def test_stream_ends_when_its_client_leaves(loop, waiting):
+    client = Client(loop)
+    client.send(b"GET /endless HTTP/1.1\r\nHost: a\r\n\r\n" + waiting)
+    client.head()
+    assert int(get(loop, "/running")) > 0
+    client.leave()
+    wait_until(lambda: int(get(loop, "/running")) == 0, 30)

@@ -83,16 +83,24 @@ async def stream(name: str):
         yield b"last\\n"
     return StreamingResponse(lines())
 
-made = 0
+made = running = 0
 
 @app.get("/endless")
 async def endless():
     async def chunks():  # with never a wait of its own
-        global made
-        while True:
-            made += 1
-            yield bytes(1_000_000)
+        global made, running
+        running += 1
+        try:
+            while True:
+                made += 1
+                yield bytes(1_000_000)
+        finally:
+            running -= 1
     return StreamingResponse(chunks())
+
+@app.get("/running")
+async def read_running() -> int:
+    return running
 
 @app.get("/made")
 async def read_made() -> int:
