@@ -21,9 +21,10 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
 # --- Your service: everything that you add goes here ---
-# Add routes, models, middleware and exception handlers below `app`. The second part of the file wraps them. Where you
-# define a name that it needs, or a name of Python's such as `list`, the service refuses to start and says which.
-# One thing alone stands elsewhere: a middleware that takes a setting, at `app.add_middleware` near the end of the file.
+# Add routes, models, middleware and exception handlers below `app`. The second part of the file wraps them. If you define a
+# name that the second part uses, or one of Python's such as `list`, the service refuses to start and says which.
+# One thing alone stands elsewhere, since it needs the value of a setting: a middleware that takes one is added near the
+# end of the file, at `app.add_middleware`.
 
 
 class Settings(BaseModel):
@@ -85,7 +86,7 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 
 # --- The container's side: probes, log, limits, settings, start and stop ---
 
-YOURS = globals().copy()  # all names so far: `refuse_names` sees to it that what follows takes none of them
+YOURS = globals().copy()  # all names so far; at the end, `refuse_names` tells those that what follows has defined again
 
 import asyncio
 import builtins
@@ -101,8 +102,9 @@ import logging
 import logging.config
 import os
 import pathlib
+import queue
 import re
-import signal  # once more, as `sys`, since you may have taken the name
+import signal  # once more, as `sys`: you may have taken the name, and what follows needs the module to say so
 import socket
 import sys  # noqa: F811
 import threading
@@ -158,8 +160,8 @@ def refuse_names(taken: collections.abc.Sequence[str]) -> None:
         )
 
 
-# Names of Python's come first, since all that follows relies on them, and so without the help of any such as `type`. Those
-# that are for a prompt alone, such as `exit`, may be taken.
+# Names of Python's come first, since all that follows relies on them. Those that are for a prompt alone, such as `exit`, may
+# be taken.
 refuse_names(
     [
         name
@@ -167,7 +169,7 @@ refuse_names(
         if not name.startswith("_")
         and name in builtins.__dict__
         and value is not builtins.__dict__[name]
-        and builtins.__dict__[name].__class__.__module__ != "_sitebuiltins"
+        and builtins.__dict__[name].__class__.__module__ != "_sitebuiltins"  # not `type(…)`, which may be yours here
     ]
 )
 
@@ -178,20 +180,21 @@ refuse_names(
 class JsonLines:
     """Writes JSON to stdout, an object a line, from a thread: whoever adds one never waits for the reader of the log.
 
-    The thread writes every 50 ms, since it takes the interpreter from the event loop each time it wakes, and at once where
-    much waits. Up to `MAX_WAITING` bytes wait; of what comes beyond, a later line says how many lines were lost.
+    The thread writes every 50 ms, and at once where much waits; more often, it would take the interpreter from the event
+    loop too often. Up to `MAX_WAITING` bytes wait; of what comes beyond, a later line says how many lines were lost.
     """
 
     MAX_WAITING = 1_000_000
+    MUCH = MAX_WAITING // 4
 
     def __init__(self) -> None:
         self.stdout = sys.__stdout__.fileno() if sys.__stdout__ else None  # even if your code replaces `sys.stdout`
-        self.lines: collections.deque[bytes] = collections.deque()
+        # Queues of this kind alone may be added to at any moment, such as by a `__del__` amid the thread's own work.
+        self.lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self.alarms: queue.SimpleQueue[None] = queue.SimpleQueue()  # one each time when much begins to wait
         self.added = 0  # bytes, counted by who adds
         self.written = 0  # bytes, counted by the thread
         self.lost = 0  # lines, counted by who adds
-        self.has_lines = threading.Event()
-        self.has_many = threading.Event()
         self.is_fork = False
         threading.Thread(target=self.write_forever, name="log", daemon=True).start()
         if sys.platform != "win32":
@@ -207,17 +210,16 @@ class JsonLines:
         if self.is_fork:
             self.write(self.encode(line))
             return
-        if self.added - self.written > self.MAX_WAITING:
+        waiting = self.added - self.written
+        if waiting > self.MAX_WAITING:
             self.lost += 1
             return
         data = self.encode(line)
-        self.lines.append(data)
-        size = len(data)  # a line of its own: threads are switched at calls, and the sum below must be whole
+        size = len(data)  # no call on the next line: there, another thread could come between reading and adding
         self.added += size
-        if not self.has_lines.is_set():
-            self.has_lines.set()
-        if self.added - self.written > self.MAX_WAITING // 4:
-            self.has_many.set()
+        self.lines.put(data)
+        if waiting <= self.MUCH < waiting + size:
+            self.alarms.put(None)
 
     def flush(self) -> None:
         """Wait until everything is written, for a second at most."""
@@ -227,11 +229,11 @@ class JsonLines:
 
     def write_forever(self) -> None:
         reported = 0
-        while self.has_lines.wait():
-            self.has_many.wait(0.05)
-            self.has_many.clear()
-            self.has_lines.clear()  # before the lines are taken: one that is added from here on sets it again
-            data = b"".join([self.lines.popleft() for _ in range(len(self.lines))])
+        while True:
+            first = self.lines.get()
+            with contextlib.suppress(queue.Empty):
+                self.alarms.get(timeout=0.05)
+            data = b"".join([first, *(self.lines.get() for _ in range(self.lines.qsize()))])
             self.write(data)
             lost = self.lost - reported
             if lost:
@@ -242,7 +244,7 @@ class JsonLines:
 
     def write(self, data: bytes) -> None:
         """Write all of it while no other worker does: more than 4,096 bytes go into a pipe in parts."""
-        self.lock(True)
+        self.lock()
         while data and self.stdout is not None:
             try:
                 size = os.write(self.stdout, data)
@@ -252,15 +254,21 @@ class JsonLines:
                 break
             else:
                 data = data[size:]
-        self.lock(False)
+        self.unlock()
 
-    def lock(self, is_mine: bool) -> None:
-        """Take or release stdout among processes; where there are no such locks, it is as if it were free."""
+    def lock(self) -> None:
+        """Wait until no other process has stdout locked; where there are no such locks, go on."""
         if sys.platform != "win32" and self.stdout is not None:
             with contextlib.suppress(OSError):
-                fcntl.lockf(self.stdout, fcntl.LOCK_EX if is_mine else fcntl.LOCK_UN)
+                fcntl.lockf(self.stdout, fcntl.LOCK_EX)
+
+    def unlock(self) -> None:
+        if sys.platform != "win32" and self.stdout is not None:
+            with contextlib.suppress(OSError):
+                fcntl.lockf(self.stdout, fcntl.LOCK_UN)
 
     def encode(self, line: dict[str, Any]) -> bytes:
+        """The line as JSON, its `timestamp` as RFC 3339 has it."""
         line["timestamp"] = dt.datetime.fromtimestamp(line["timestamp"], dt.UTC).isoformat(timespec="microseconds")
         try:
             return pydantic_core.to_json(line, fallback=repr, inf_nan_mode="strings") + b"\n"
@@ -342,7 +350,7 @@ def log_exception_of_thread(end: threading.ExceptHookArgs) -> None:
 
 
 def configure_logging() -> None:
-    """Set up all of this process's log, and what uvicorn sets up again in each of its processes."""
+    """Set up all of this process's log; `LOGGING_CONFIG` is what uvicorn sets up once more in each of its processes."""
     LOGGING_CONFIG["root"] = {"handlers": ["default"], "level": "INFO"}  # until `main` knows `--log-level`
     if json_lines:
         LOGGING_CONFIG["handlers"]["default"] = {"()": JsonHandler}
@@ -435,7 +443,7 @@ def read_environment(model: type[SettingsModel], shows_values: bool) -> Settings
         if value:
             values[name] = value
     try:
-        return model.model_validate(values, by_alias=False, by_name=True)
+        return model.model_validate(values, by_alias=False, by_name=True)  # variables have the names of fields
     except pydantic.ValidationError as error:
         problems = []
         for problem in error.errors():
@@ -454,7 +462,7 @@ def read_setting_file(variable: str, file: str) -> str:
 HIDDEN_OPTIONS = {"app", "app_dir", "factory", "env_file"}  # uvicorn's options that this file settles
 
 
-def read_options() -> dict[str, Any]:
+def read_options(ours: ServerSettings) -> dict[str, Any]:
     """Uvicorn's options, and `--prestart`, by their names; none where another server imports this file.
 
     Raises `click.ClickException` for what is no option.
@@ -466,17 +474,18 @@ def read_options() -> dict[str, Any]:
         params=[option for option in uvicorn.main.params if option.name not in HIDDEN_OPTIONS],
         help="Serve with uvicorn. Each option is a variable, too: UVICORN_<OPTION>.",
     )
-    only = "Run the steps before starting, and end."
-    command.params.append(click.Option(["--prestart"], is_flag=True, allow_from_autoenv=False, help=only))
+    help_text = "Run the steps before starting, and end."
+    command.params.append(click.Option(["--prestart"], is_flag=True, allow_from_autoenv=False, help=help_text))
     defaults = {  # the host is uvicorn's, 127.0.0.1; the image sets UVICORN_HOST
-        "port": server_settings.port,
-        "log_level": server_settings.log_level,
-        "workers": server_settings.web_concurrency,
-        "timeout_keep_alive": server_settings.timeout_keep_alive,
-        "timeout_graceful_shutdown": server_settings.timeout_graceful_shutdown,
+        "port": ours.port,
+        "log_level": ours.log_level,
+        "workers": ours.web_concurrency,
+        "timeout_keep_alive": ours.timeout_keep_alive,
+        "timeout_graceful_shutdown": ours.timeout_graceful_shutdown,
         "server_header": False,
     }
     context = command.make_context("main.py", sys.argv[1:], default_map=defaults, auto_envvar_prefix="UVICORN")
+    # What uvicorn would end with a traceback.
     for header in context.params["headers"]:
         if ":" not in header:
             raise click.BadParameter(f"{header!r} is not NAME:VALUE", param_hint="--header")
@@ -490,7 +499,7 @@ def read_options() -> dict[str, Any]:
 try:
     settings = read_environment(Settings, shows_values=False)  # those of your part
     server_settings = read_environment(ServerSettings, shows_values=True)
-    uvicorn_options = read_options()
+    uvicorn_options = read_options(server_settings)
 except click.exceptions.Exit as end:  # after --help and --version
     sys.exit(end.exit_code)
 except click.ClickException as error:
@@ -514,7 +523,8 @@ class Lifecycle:
 
     `/readyz` is 200 from the end of start-up until SIGTERM. Then requests are served for `drain_seconds` more, while load
     balancers look elsewhere: each response closes its connection. After that the server stops as it does by itself; event
-    streams, which would not end, are ended. With one process, a second SIGTERM skips the rest of the drain.
+    streams, which would not end, are ended. Except in a worker, a second SIGTERM skips the rest of the drain, and so does
+    Ctrl+C.
     """
 
     def __init__(self, drain_seconds: float) -> None:
@@ -523,6 +533,7 @@ class Lifecycle:
         self.is_draining = False
         self.is_stopping = False
         self.stop_server: collections.abc.Callable[[], object] = lambda: None
+        self.interrupt_server: Any = None
         # None until the app has started, and where SIGTERM is not ours: then there is no drain.
         self.loop: asyncio.AbstractEventLoop | None = None
         self.event_streams: set[asyncio.Task[Any]] = set()
@@ -533,24 +544,26 @@ class Lifecycle:
         return Response(status_code=status, headers={"Cache-Control": "no-store"})
 
     async def start(self, app: asgi.ASGIApp, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
-        """Run the app's lifespan, with `on_sigterm` in the place of the server's handler; `stop` calls the server's later.
+        """Run the app's lifespan, with our handlers of signals in the place of the server's, which ours call in the end.
 
-        Where no server has set one, as in a test, nothing is replaced. A handler that your `lifespan` sets finds ours by
+        Where no server has set any, as in a test, nothing is replaced. A handler that your `lifespan` sets finds ours by
         `signal.getsignal`, and can call it.
         """
         self.is_starting = True
         servers_own = signal.getsignal(signal.SIGTERM)
-        has_signals = callable(servers_own) and threading.current_thread() is threading.main_thread()
-        if has_signals:
+        takes_signals = callable(servers_own) and threading.current_thread() is threading.main_thread()
+        if takes_signals:
             self.stop_server = lambda: servers_own(signal.SIGTERM, None)
             signal.signal(signal.SIGTERM, self.on_sigterm)
+            self.interrupt_server = signal.getsignal(signal.SIGINT)
+            signal.signal(signal.SIGINT, self.on_sigint)
             if sys.platform != "win32":
                 os.register_at_fork(after_in_child=self.leave_fork)
 
         async def send_when_started(message: asgi.Message) -> None:
             if message["type"] == "lifespan.startup.complete":
                 self.is_starting = False
-                if has_signals:
+                if takes_signals:
                     with contextlib.suppress(RuntimeError):  # where the loop is not asyncio's, but trio's
                         self.loop = asyncio.get_running_loop()
             await send(message)
@@ -567,6 +580,13 @@ class Lifecycle:
             self.stop_server()
         else:
             self.loop.call_soon_threadsafe(self.drain)
+
+    def on_sigint(self, number: int, frame: Any) -> None:
+        """Stop without a drain, as the server does on Ctrl+C, and end the event streams, for which it would wait."""
+        if self.loop:
+            self.loop.call_soon_threadsafe(self.end_event_streams)
+        if callable(self.interrupt_server):
+            self.interrupt_server(number, frame)
 
     def leave_fork(self) -> None:
         """Let a fork of the service, such as one of a pool of processes, end on SIGTERM as any process does."""
@@ -587,12 +607,14 @@ class Lifecycle:
 
     def stop(self) -> None:
         """End the event streams, and let the server stop."""
-        if self.is_stopping:
-            return
+        if not self.is_stopping:
+            self.end_event_streams()
+            self.stop_server()
+
+    def end_event_streams(self) -> None:
         self.is_stopping = True
         for task in self.event_streams:
             task.cancel()
-        self.stop_server()
 
     def current_task(self) -> asyncio.Task[Any] | None:
         """The task that serves the current request; none where there is no drain."""
@@ -681,6 +703,7 @@ class Envelope:
         if not headers and not span.is_valid:
             request_span.set(trace.INVALID_SPAN_CONTEXT)
             return None
+        # Of no headers, it makes a context without a span: that leaves the one of the request before.
         context = propagate.extract(headers, trace.set_span_in_context(trace.INVALID_SPAN))
         request_span.set(trace.get_current_span(context).get_span_context())
         return opentelemetry.context.attach(context)
@@ -689,7 +712,7 @@ class Envelope:
         responder = EnvelopeResponder(self, scope, receive, send)
         app = self.app
         if responder.is_probe and scope["method"] in {"GET", "HEAD"}:
-            app = self.lifecycle.probe(scope)
+            app = self.lifecycle.probe(scope)  # a response is an app
         try:
             await app(scope, responder.receive, responder.send)
         except asyncio.CancelledError:
@@ -697,7 +720,7 @@ class Envelope:
                 raise
             await responder.end()
         finally:
-            responder.close()
+            responder.finish()
 
 
 class EnvelopeResponder:
@@ -743,7 +766,7 @@ class EnvelopeResponder:
             await self.client_send(message)
         finally:  # since Starlette may cancel this task here, once the last piece of a stream is written
             if self.is_complete:
-                self.close()
+                self.finish()
 
     def begin(self, message: asgi.Message) -> asgi.Message:
         self.has_begun = True
@@ -767,7 +790,7 @@ class EnvelopeResponder:
             self.task.uncancel()
         await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Log the request; what its task does from now on, in the background, is no event stream."""
         self.lifecycle.event_streams.discard(self.task)
         self.log()
@@ -800,8 +823,8 @@ class EnvelopeResponder:
     def route(self) -> str | None:
         """The template of the path, with the prefixes of routers and of mounted apps.
 
-        Such as `/api/{tenant}/items/{item_id}` for `/api/5/items/7`; the comments go on with it. A prefix is guessed by its
-        values: a part of it that equals the value of a parameter is shown as that parameter.
+        Such as `/api/{tenant}/items/{item_id}` for `/api/5/items/7`, which is the example of the comments below. A prefix is
+        guessed by its values: a part of it that equals the value of a parameter is shown as that parameter.
         """
         route = self.scope.get("route")  # of "/items/{item_id}"
         if not hasattr(route, "path_format"):  # none has matched, or one by the host
@@ -815,8 +838,10 @@ class EnvelopeResponder:
         if path == own or not path.endswith(own):
             return route.path_format
         prefix = path.removesuffix(own)  # "/api/5"
-        names = {value: f"{{{name}}}" for name, value in values.items() if f"{{{name}}}" not in route.path_format}
-        return "/".join(names.get(part, part) for part in prefix.split("/")) + route.path_format
+        others = {name: value for name, value in values.items() if "{" + name + "}" not in route.path_format}
+        templates = {value: "{" + name + "}" for name, value in others.items()}  # {5: "{tenant}"}
+        parts = [templates.get(part, part) for part in prefix.split("/")]
+        return "/".join(parts) + route.path_format
 
 
 # What is refused
@@ -849,8 +874,8 @@ class Overload:
 class BodyLimits(RequestBodyLimitMiddleware):
     """Starlette's limit to the size of a body, answered with 413, and one to its time, answered with 408.
 
-    Either is raised from `receive`, inside of whoever reads the body. To an app that does not read, only a length that is
-    announced can be too much: its response is replaced.
+    Either is raised from `receive`, inside of whoever reads the body. Where the app does not read it, the length that is
+    announced is all that is judged, and a 413 takes the place of the app's response.
 
     The time, in seconds, is that between two pieces of the body, and runs only while the service waits for one. Either
     refusal closes the connection. A request without a body costs nothing here.
@@ -866,7 +891,7 @@ class BodyLimits(RequestBodyLimitMiddleware):
             return
         body = BodyResponder(self.timeout, scope, receive, send)
         try:
-            # `FastAPI(max_body_size=…)` has limited it already, outside of all middleware.
+            # `FastAPI(max_body_size=…)` has limited it already, outside of all middleware: that limit holds, not this one.
             if MAX_BODY_SIZE_SCOPE_KEY in scope:
                 await self.app(scope, body.receive_in_time, body.send_and_close)
             else:
@@ -981,7 +1006,7 @@ def serve_documentation_from_here(app: fastapi.FastAPI, assets: str = "/static-o
     for index, route in enumerate(app.routes):
         if isinstance(route, starlette.routing.Mount) and isinstance(route.app, fastapi.FastAPI):
             serve_documentation_from_here(route.app, assets)
-        elif type(route) is starlette.routing.Route and route.path in pages:  # no subclass, as a route of yours is one
+        elif type(route) is starlette.routing.Route and route.path in pages:  # exactly: those of yours are APIRoutes
             app.routes[index] = starlette.routing.Route(route.path, from_here(route.endpoint), include_in_schema=False)
     if app.openapi_url and pages:
         app.routes.insert(
@@ -999,6 +1024,8 @@ MAX_PIPELINE = 100
 
 class Http(HttpToolsProtocol):
     """Uvicorn's HTTP/1.1 with limits to what a client sends outside of a body: how much, how slowly, how often.
+
+    Its responses go through the `Outbox`, which comes after this class, with what belongs to it.
 
     It knows these of uvicorn's parts, which are not documented: the attributes `app`, `client`, `cycle`, `flow`, `headers`,
     `logger`, `loop`, `parser`, `pipeline`, `server_state`, `timeout_keep_alive`, `timeout_keep_alive_task`, `transport` and
@@ -1019,6 +1046,7 @@ class Http(HttpToolsProtocol):
         self.unfinished = 0  # bytes, since the parser last had something whole
         self.is_refused = False  # input is dropped; responses that are still due are written, and then it lingers
         self.is_lingering = False  # our side is closed; it waits for the client to close its own, for some time
+        self.is_stopping = False  # the server
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Limit how long a client may send nothing, and (on Linux) how long it may take nothing of a response."""
@@ -1048,10 +1076,11 @@ class Http(HttpToolsProtocol):
             # An exception in one of our `on_` methods is inside of the parser's own error, as its context.
             self.refuse("Invalid HTTP request received.", error.__context__ or error)
         else:
+            # While a response is due, no time is limited yet: `on_response_complete` does that after it.
             if self.unfinished > MAX_HEAD_BYTES:
                 self.refuse("Request too large.")
             elif self.reading == "head" and self.timeout_keep_alive_task is None and self.has_answered():
-                self.wait_for_client()  # while an answer is due, `on_response_complete` does so after it
+                self.wait_for_client()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -1076,7 +1105,7 @@ class Http(HttpToolsProtocol):
         is_websocket = self._should_upgrade()
         if self.parser.should_upgrade() and not is_websocket:
             return  # `data_received` calls `upgrade` next, which serves it
-        super().on_headers_complete()  # makes a cycle of the request, unless it is a WebSocket's
+        super().on_headers_complete()  # makes a cycle of the request; for a WebSocket it only fills the scope
         if not is_websocket:
             self.reading = "body"
             self.headers = []  # another list, since uvicorn would add trailers to the one that the scope holds
@@ -1086,6 +1115,8 @@ class Http(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self.unfinished = 0
         super().on_body(body)
+        if self.has_answered():
+            self.wait_for_client()  # anew: the response came before the end of the body, which still makes progress
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
@@ -1097,7 +1128,8 @@ class Http(HttpToolsProtocol):
     def upgrade(self, rest: bytes) -> None:
         """Switch to WebSocket, or serve the request as if it did not ask for another protocol (RFC 9110, 7.8).
 
-        The parser stops at the end of a head that asks for one: after `on_headers_complete` and `on_message_complete`.
+        The parser stops at the end of a head that asks for one, also before a body: after `on_headers_complete` and
+        `on_message_complete`.
         """
         has_body = any(
             name == b"transfer-encoding" or (name == b"content-length" and int(value) > 0)
@@ -1175,16 +1207,19 @@ class Http(HttpToolsProtocol):
     def linger(self) -> None:
         """End the connection slowly, or a client that still sends could lose the response.
 
-        What comes is dropped, until the client ends, and for as long as a connection may be idle.
+        What comes is dropped, until the client ends, and for as long as a connection may be idle. With TLS, and where the
+        server stops, it ends at once: no client could see the end otherwise, and the stop would wait for it.
         """
         if self.is_lingering or self.transport.is_closing():
             return
         self.is_lingering = True
         self.pipeline.clear()
+        if self.is_stopping or not self.transport.can_write_eof():
+            self.transport.close()
+            return
         self.flow.resume_reading()
         self.wait_for_client()
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
+        self.transport.write_eof()
 
     def warn(self, message: str, cause: BaseException | None = None) -> None:
         address = self.client[0] if self.client else None
@@ -1207,7 +1242,7 @@ class Http(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self.unanswered.popleft()
-        was_last = not self.pipeline
+        was_last = not self.pipeline  # before uvicorn takes the next request out
         super().on_response_complete()
         if self.is_refused and was_last:
             self.loop.call_soon(self.linger)  # after what ResponseTransport has still to write
@@ -1217,10 +1252,16 @@ class Http(HttpToolsProtocol):
     def shutdown(self) -> None:
         """Let uvicorn close the connection, if nothing is due on it, or end it with the response that is."""
         self.flush()
+        self.is_stopping = True
+        if self.is_lingering:
+            self.transport.close()
         super().shutdown()
 
     def flush(self) -> None:
-        """Write at once what ResponseTransport would write at the end of the turn, since something else comes after it."""
+        """Write at once what ResponseTransport would write at the end of the turn, since something else comes after it.
+
+        Only the newest request's can wait here: one before it has been answered in an earlier turn, or not yet.
+        """
         response = self.cycle.transport if self.cycle else None
         if isinstance(response, ResponseTransport):
             response.flush()
@@ -1287,7 +1328,7 @@ class ResponseTransport(asyncio.Transport):
         self.pieces: list[Any] = []
 
     def write(self, data: Any) -> None:
-        piece = bytes(data)  # what is none raises here, in its own request, not among the responses of others
+        piece = bytes(data)  # what cannot be bytes raises here, in its own request, not among the responses of others
         if not self.pieces:
             self.protocol.outbox.add(self)
         self.pieces.append(piece)
@@ -1379,7 +1420,7 @@ def main() -> None:
     LOGGING_CONFIG["root"]["level"] = LOG_LEVELS[uvicorn_options["log_level"]]
     is_alone = uvicorn_options["workers"] == 1 and not uvicorn_options["reload"]
     if uvicorn_options["host"] == "::" and is_alone and uvicorn_options["port"]:
-        # IPv4, too: else one process alone gets IPv6 only. Workers get both; with port 0 each would get another port.
+        # IPv4, too: `::` would be IPv6 alone. Not for workers, who get both; nor with port 0, which would be two ports.
         uvicorn_options["host"] = None
     click.Context(uvicorn.main).invoke(uvicorn.main, app="__main__:app", app_dir=None, **uvicorn_options)
 
@@ -1395,8 +1436,8 @@ if Exception not in app.exception_handlers and 500 not in app.exception_handlers
 if app.exception_handlers[StarletteHTTPException] is http_exception_handler:
     app.add_exception_handler(StarletteHTTPException, http_exception_with_cause)
 
-# The last one is outermost: it sees a request first. Yours, added above, are inside of all these, so that a 503 of
-# Overload has none of their headers. One that takes a setting is added above these, and one that is to wrap them below.
+# The last one is outermost: it sees a request first. Yours, added above, are inside of all these: a 503 of Overload has
+# none of their headers. Add one that takes a setting here, above these, and one that is to wrap them below.
 app.add_middleware(
     BodyLimits, max_body_size=server_settings.max_body_bytes, timeout=server_settings.client_body_timeout
 )
@@ -1409,7 +1450,8 @@ app.add_middleware(
 )
 serve_documentation_from_here(app)
 
-# Uvicorn, once it has stopped, restores this handler and raises SIGTERM for it: a stop that went well ends with 0, not 143.
+# Once uvicorn has stopped, it restores the handler that it found and sends itself SIGTERM again. By this one, a stop that
+# went well ends with 0, not 143.
 if IS_OURS and not uvicorn_options["prestart"]:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 if __name__ == "__main__":

@@ -64,7 +64,9 @@ def engine() -> str:
     for name in [insisted] if insisted else ["docker", "podman"]:
         if shutil.which(name) and subprocess.run([name, "info"], capture_output=True, check=False).returncode == 0:
             return name
-    return missing(f"no container engine answers{f' as {insisted}' if insisted else ''}: start Docker or Podman")
+    if insisted:
+        pytest.fail(f"no container engine answers as {insisted}: start it")
+    return missing("no container engine answers: start Docker or Podman")
 
 
 @pytest.fixture(scope="session")

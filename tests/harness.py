@@ -87,8 +87,8 @@ def check_contract(url: str) -> None:
 
 
 def missing(reason: str) -> NoReturn:
-    """Skip a test for what this machine lacks; where CI or ENGINE insists on it, fail."""
-    (pytest.fail if {"CI", "ENGINE"} & os.environ.keys() else pytest.skip)(reason)
+    """Skip a test for what this machine lacks; where CI insists on all of them, fail."""
+    (pytest.fail if "CI" in os.environ else pytest.skip)(reason)
 
 
 def free_port() -> int:

@@ -100,7 +100,6 @@ def test_lines_of_several_workers_stay_whole(variant):
 
     def both_have_written() -> bool:
         [*pool.map(ask, range(2))]
-        process.mark()
         return len(workers()) == 2
 
     with Process(source=variant(BURST), WEB_CONCURRENCY="2") as process, ThreadPoolExecutor() as pool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -401,16 +402,21 @@ async def stamp(request, call_next):
 
 
 @pytest.mark.parametrize(
-    ("workers", "code"), [("1", MIDDLEWARE + EVENTS), ("2", EVENTS)], ids=["below own middleware", "with workers"]
+    ("workers", "code", "number"),
+    [
+        pytest.param("1", MIDDLEWARE + EVENTS, signal.SIGTERM, id="below own middleware"),
+        pytest.param("2", EVENTS, signal.SIGTERM, id="with workers"),
+        pytest.param("1", EVENTS, signal.SIGINT, id="by Ctrl+C"),
+    ],
 )
-def test_event_stream_ends_by_itself_at_the_stop_and_its_client_sees_a_whole_response(variant, workers, code):
+def test_event_stream_ends_by_itself_at_the_stop_and_its_client_sees_a_whole_response(variant, workers, code, number):
     limits: dict[str, Any] = {"DRAIN_SECONDS": "0", "TIMEOUT_GRACEFUL_SHUTDOWN": "20"}
     with Process("--workers", workers, source=variant(code), **limits) as process:
         process.wait_for("Application startup complete", int(workers))
         with httpx.stream("GET", process.url + "/events", timeout=20) as response:
             ticks = response.iter_text()
             first = next(ticks)
-            process.popen.terminate()
+            process.popen.send_signal(number)
             assert {*(first + "".join(ticks)).split("\n\n")} == {"data: tick", ""}
         process.end()
     assert process.said("events are over")

@@ -1,12 +1,15 @@
 """What clients get on the wire, byte by byte: of requests that are too large, or broken off in the midst of others."""
 
+import ssl
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
+import trustme
 
-from tests.http.wire import GET, SMUGGLED, Answer, Client, get, refusals, request
+from tests.harness import Process
+from tests.http.wire import GET, PATIENT, SMUGGLED, Answer, Client, get, refusals, request
 
 
 def test_body_over_the_limit_gets_one_whole_413_and_its_neighbours_their_answers(patient):
@@ -106,6 +109,47 @@ def test_bad_chunk_amid_the_response_to_it_ends_that(patient):
         assert client.chunk() == b"begun"
         client.send(b"x\r\n")
         assert client.file.read() == b""
+
+
+@pytest.fixture(scope="module")
+def with_tls(source, tmp_path_factory):
+    """The service with TLS, and what trusts its certificate."""
+    folder = tmp_path_factory.mktemp("tls")
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    certificate.private_key_and_cert_chain_pem.write_to_path(folder / "both.pem")
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    files = (f"--ssl-certfile={folder}/both.pem", f"--ssl-keyfile={folder}/both.pem")
+    process = Process(*files, source=source, **PATIENT)
+    try:
+        process.wait_for("Uvicorn running on")
+        yield process, trust
+    finally:
+        process.__exit__()
+
+
+def test_bad_chunk_with_tls_ends_its_response_at_once(with_tls):
+    process, trust = with_tls
+    with Client(process, trust) as client:
+        client.send(request(b"POST /count/ HTTP/1.1", b"Transfer-Encoding: chunked"))
+        assert client.head()[0] == 200
+        assert client.chunk() == b"begun"
+        client.send(b"x\r\n")
+        assert client.file.read() == b""
+
+
+@pytest.mark.parametrize("first", [b"", GET], ids=["alone", "in a pipeline"])
+def test_client_that_stays_after_its_refusal_cannot_hold_the_stop(source, first):
+    bad = request(b"POST /item HTTP/1.1", b"Transfer-Encoding: chunked", body=b"x\r\n")
+    limits = {"DRAIN_SECONDS": "0", "TIMEOUT_GRACEFUL_SHUTDOWN": "3600"}
+    with Process(source=source, **PATIENT, **limits) as process, Client(process) as client:
+        client.send(first + bad)
+        assert client.head()[0] == (200 if first else 400)
+        process.mark()
+        process.popen.terminate()
+        process.end()
+    assert not process.said("timeout graceful shutdown exceeded")
 
 
 def test_refusal_right_behind_a_response_is_no_second_one_and_loses_no_first(patient):

@@ -127,10 +127,10 @@ def test_stream_waits_for_a_client_that_does_not_read(loop):
 
 
 @pytest.mark.parametrize("waiting", [b"", GET], ids=["alone", "with another request behind it"])
-def test_stream_ends_when_its_client_leaves(loop, waiting):
-    client = Client(loop)
+def test_stream_ends_when_its_client_leaves(patient, waiting):
+    client = Client(patient)
     client.send(b"GET /endless HTTP/1.1\r\nHost: a\r\n\r\n" + waiting)
     client.head()
-    assert int(get(loop, "/running")) > 0
+    assert int(get(patient, "/running")) > 0
     client.leave()
-    wait_until(lambda: int(get(loop, "/running")) == 0, 30)
+    wait_until(lambda: int(get(patient, "/running")) == 0, 30)

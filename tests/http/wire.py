@@ -1,9 +1,10 @@
 """A client that sees every byte, and the service that it talks to."""
 
 import socket
+import ssl
 import struct
 from io import BufferedReader
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
 from tests.harness import Process
@@ -138,7 +139,9 @@ async def ws(websocket: WebSocket) -> None:
         await websocket.send_text(text)
 """
 
-PATIENT = {name: "3600" for name in ("TIMEOUT_KEEP_ALIVE", "CLIENT_HEADER_TIMEOUT", "CLIENT_BODY_TIMEOUT")}
+PATIENT: dict[str, Any] = {
+    name: "3600" for name in ("TIMEOUT_KEEP_ALIVE", "CLIENT_HEADER_TIMEOUT", "CLIENT_BODY_TIMEOUT")
+}
 GET = b"GET /items/5 HTTP/1.1\r\nHost: a\r\n\r\n"
 LAST = b"GET /items/6 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 SMUGGLED = b"POST /run HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n"
@@ -164,8 +167,10 @@ class Answer(NamedTuple):
 class Client:
     """One connection; the service has 30 seconds for whatever is awaited, so that what never comes fails a test."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, tls: ssl.SSLContext | None = None) -> None:
         self.socket = socket.create_connection(("127.0.0.1", urlsplit(process.url).port or 0), timeout=30)
+        if tls:
+            self.socket = tls.wrap_socket(self.socket, server_hostname="127.0.0.1")
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.file: BufferedReader = self.socket.makefile("rb")
 
