@@ -189,9 +189,10 @@ class JsonLines:
 
     def __init__(self) -> None:
         self.stdout = sys.__stdout__.fileno() if sys.__stdout__ else None  # even if your code replaces `sys.stdout`
-        # Queues of this kind alone may be added to at any moment, such as by a `__del__` amid the thread's own work.
-        self.lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self.alarms: queue.SimpleQueue[None] = queue.SimpleQueue()  # one each time when much begins to wait
+        self.lines: collections.deque[bytes] = collections.deque()
+        # Each wakes the thread. Unlike an Event, this may be used at any moment, as by a `__del__` amid the thread's wait.
+        self.alarms: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.is_asleep = False  # the thread, until there is a line
         self.added = 0  # bytes, counted by who adds
         self.written = 0  # bytes, counted by the thread
         self.lost = 0  # lines, counted by who adds
@@ -217,8 +218,9 @@ class JsonLines:
         data = self.encode(line)
         size = len(data)  # no call on the next line: there, another thread could come between reading and adding
         self.added += size
-        self.lines.put(data)
-        if waiting <= self.MUCH < waiting + size:
+        self.lines.append(data)
+        if self.is_asleep or waiting <= self.MUCH < waiting + size:
+            self.is_asleep = False
             self.alarms.put(None)
 
     def flush(self) -> None:
@@ -230,10 +232,13 @@ class JsonLines:
     def write_forever(self) -> None:
         reported = 0
         while True:
-            first = self.lines.get()
+            self.is_asleep = True
+            if not self.lines:  # looked at after `is_asleep` is set: whoever adds a line does both in the other order
+                self.alarms.get()
+            self.is_asleep = False
             with contextlib.suppress(queue.Empty):
                 self.alarms.get(timeout=0.05)
-            data = b"".join([first, *(self.lines.get() for _ in range(self.lines.qsize()))])
+            data = b"".join([self.lines.popleft() for _ in range(len(self.lines))])
             self.write(data)
             lost = self.lost - reported
             if lost:
