@@ -80,7 +80,7 @@ cd /usr/local/lib/python3.??/site-packages/fastapi/_compat
 sed -i 's/^import types$/import sys\n&/; s/from pydantic import v1$/v1 = sys.modules["pydantic.v1"]/
     /sys.modules/,/return False/s/except ImportError/except KeyError/' shared.py
 [ "$(grep -c -e '^import sys$' -e 'sys.modules\["pydantic.v1"\]$' -e 'except KeyError' shared.py)" = 5 ] || {
-    echo "FastAPI asks for pydantic.v1 in another way: see whether it still imports it." >&2; exit 1; }
+    echo "FastAPI asks for pydantic.v1 in another way now: this step can go, or be adapted." >&2; exit 1; }
 EOF
 
 # No start compiles. Sources stay for tracebacks; unchecked, since files do not change, and always to the same bytes. A

@@ -52,11 +52,15 @@ def installs(lines: str):
         (lambda text: text.replace(" ensurepip ", " ensurepipe "), "cannot remove 'ensurepipe': No such file"),
         (lambda text: text.replace("uvloop/*.so", "uvloops/*.so"), "'uvloops/*.so': No such file"),
         (lambda text: text.replace("logo-mini", "logo-maxi"), "does not load https://cdn.redoc.ly/redoc/logo-maxi.svg"),
+        (
+            lambda text: text.replace("pydantic import v1", "pydantic import v9"),
+            "FastAPI asks for pydantic.v1 in another",
+        ),
         (installs(NEEDS), "A package needs libnone.so.1, which is not here: install the Debian package that has it"),
         (installs(NEEDS + UNRECORDED), "no path found matching pattern /usr/local/lib/libnone.so.1"),
         (installs(BROKEN), "cannot be imported in this image: ImportError('broken')"),
     ],
-    ids=["crlf", "standard library", "extension", "picture", "library", "record", "import"],
+    ids=["crlf", "standard library", "extension", "picture", "pydantic", "library", "record", "import"],
 )
 def test_build_ends_with_a_sentence(build, change, sentence):
     status, output = build(change)

@@ -278,6 +278,23 @@ print(ChangeReload.__module__)"""
     assert image.python_says(code).split() == ["True", "uvicorn.supervisors.statreload"]
 
 
+@each_python
+def test_fastapi_knows_a_model_of_pydantic_v1_without_importing_it_to_ask(image):
+    code = """
+import sys, types, warnings
+import main
+from fastapi.encoders import jsonable_encoder
+jsonable_encoder(types.SimpleNamespace())
+print("pydantic.v1" in sys.modules)
+warnings.simplefilter("ignore")
+from pydantic.v1 import BaseModel
+try:
+    jsonable_encoder(BaseModel())
+except Exception as error:
+    print(type(error).__name__)"""
+    assert image.python_says(code).split() == ["False", "PydanticV1NotSupportedError"]
+
+
 def test_reload_serves_a_change_in_a_mounted_folder(image, variant):
     source = variant("")
     source.parent.chmod(0o755)
