@@ -1120,8 +1120,6 @@ class Http(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self.unfinished = 0
         super().on_body(body)
-        if self.has_answered():
-            self.wait_for_client()  # anew: the response came before the end of the body, which still makes progress
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
@@ -1233,6 +1231,7 @@ class Http(HttpToolsProtocol):
     def wait_for_client(self) -> None:
         """Close the connection if the client does not send in time what is expected next: a request, or a head's rest.
 
+        What is left of a body whose response is complete has the time of an idle connection, or it might never end.
         Uvicorn's one timer of a connection does both, and the lingering.
         """
         self._unset_keepalive_if_required()

@@ -32,17 +32,6 @@ def test_upload_longer_than_each_deadline_is_whole_while_bytes_arrive(short_body
         assert [*pool.map(upload, (short_body, short_idle, short_head))] == [b"8"] * 3
 
 
-def test_upload_that_was_answered_early_may_go_on_longer_than_a_connection_may_be_idle(short_idle):
-    with Client(short_idle) as client:
-        client.send(request(b"POST /nonsense HTTP/1.1", b"Content-Length: 8"))
-        assert client.answer().status == 404
-        for _ in range(8):
-            threading.Event().wait(0.25)
-            client.send(b"x")
-        client.send(GET)
-        assert client.answer().status == 200
-
-
 def test_upload_that_stops_gets_a_408_and_the_end(short_body):
     """Whether the service reads it itself, or FastAPI for it."""
     start = short_body.mark()
