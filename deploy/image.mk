@@ -31,9 +31,9 @@ shell: engine ## Open a shell, which the image does not have, beside the same pa
 	$(BUILD) --target shell --tag $(IMAGE)-shell .
 	$(ENGINE) run --rm --interactive $(shell test -t 0 && echo --tty) $(IMAGE)-shell
 
-profile: engine ## Sample what the running service does for SECONDS, as text, and as long again for a flame graph in PROFILE
+profile: engine ## Sample the running service for SECONDS: its CPU time, as text; then a flame graph, waits included, in PROFILE
 	@$(FOUND)
-	@$(ENGINE) run --rm --network none $(BESIDE) $(SAMPLE) $(PROCESS)
+	@$(ENGINE) run --rm --network none $(BESIDE) $(SAMPLE) --mode cpu $(PROCESS)
 	@$(ENGINE) rm --force $(NAME)-profile >/dev/null 2>&1; \
 	$(ENGINE) run --name $(NAME)-profile --network none $(BESIDE) $(SAMPLE) --flamegraph --output /tmp/profile.html $(PROCESS) && \
 	$(ENGINE) cp $(NAME)-profile:/tmp/profile.html $(PROFILE); $(ENGINE) rm $(NAME)-profile >/dev/null
