@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.harness import NAME, PYTHONS, Image, Process, missing, run, write_variant
+from tests.harness import NAME, PYTHONS, Image, Process, engine_answers, missing, run, write_variant
 
 
 def pytest_configure(config) -> None:
@@ -62,7 +62,7 @@ def engine() -> str:
     """The engine that ENGINE insists on, or the first that answers."""
     insisted = os.environ.get("ENGINE")
     for name in [insisted] if insisted else ["docker", "podman"]:
-        if shutil.which(name) and subprocess.run([name, "info"], capture_output=True, check=False).returncode == 0:
+        if engine_answers(name):
             return name
     if insisted:
         pytest.fail(f"no container engine answers as {insisted}: start it")

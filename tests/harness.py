@@ -91,6 +91,11 @@ def missing(reason: str) -> NoReturn:
     (pytest.fail if "CI" in os.environ else pytest.skip)(reason)
 
 
+def engine_answers(name: str) -> bool:
+    """Whether this engine is here and may be used by this user."""
+    return bool(shutil.which(name)) and subprocess.run([name, "info"], capture_output=True, check=False).returncode == 0
+
+
 def free_port() -> int:
     """A TCP port of this host that nobody listens on, below those that the kernel gives to outgoing connections.
 

@@ -15,7 +15,20 @@ import httpx
 import pytest
 
 import main
-from tests.harness import HERE, NAME, UV, Container, Image, answers, found, free_port, missing, run, wait_until
+from tests.harness import (
+    HERE,
+    NAME,
+    UV,
+    Container,
+    Image,
+    answers,
+    engine_answers,
+    found,
+    free_port,
+    missing,
+    run,
+    wait_until,
+)
 from tests.kubernetes.cluster import Copy
 
 pytestmark = pytest.mark.check
@@ -63,8 +76,8 @@ def environment(service) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def built() -> Image:
-    if not shutil.which("podman"):
-        missing("Podman plays the manifest: install it")
+    if not engine_answers("podman"):
+        missing("Podman plays the manifest, and does not answer: install it")
     return Image.build("podman")
 
 
