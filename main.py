@@ -1262,13 +1262,8 @@ class Http(HttpToolsProtocol):
         super().shutdown()
 
     def flush(self) -> None:
-        """Write at once what ResponseTransport would write at the end of the turn, since something else comes after it.
-
-        Only the newest request's can wait here: one before it has been answered in an earlier turn, or not yet.
-        """
-        response = self.cycle.transport if self.cycle else None
-        if isinstance(response, ResponseTransport):
-            response.flush()
+        """Write at once what the `Outbox` would write at the end of the turn, since something else comes after it."""
+        self.outbox.send()
 
 
 class Outbox:
