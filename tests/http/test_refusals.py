@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 import trustme
 
-from tests.harness import Process
+from tests.harness import Process, wait_until
 from tests.http.wire import GET, PATIENT, SMUGGLED, Answer, Client, get, refusals, request
 
 
@@ -150,6 +150,15 @@ def test_client_that_stays_after_its_refusal_cannot_hold_the_stop(source, first)
         process.popen.terminate()
         process.end()
     assert not process.said("timeout graceful shutdown exceeded")
+
+
+def test_refusal_that_is_read_in_the_turn_of_a_response_comes_after_it(patient, tmp_path):
+    with Client(patient) as client:
+        client.send(f"GET /blocks?file={tmp_path}/end HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        wait_until((tmp_path / "end.begun").exists)
+        client.send(request(b"POST /item HTTP/1.1", b"Transfer-Encoding: chunked", body=b"x\r\n"))
+        (tmp_path / "end").touch()
+        assert client.statuses() == [200, 400]
 
 
 def test_refusal_right_behind_a_response_is_no_second_one_and_loses_no_first(patient):

@@ -116,6 +116,12 @@ async def blocks_afterwards(file: str, background_tasks: BackgroundTasks) -> str
     background_tasks.add_task(block, file)
     return "blocks"
 
+@app.get("/blocks")
+async def blocks(file: str) -> str:
+    open(f"{file}.begun", "w").close()
+    await block(file)
+    return "blocks"
+
 @app.get("/threshold")
 async def threshold() -> int:
     return gc.get_threshold()[0]
