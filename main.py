@@ -160,8 +160,8 @@ def refuse_names(taken: collections.abc.Sequence[str]) -> None:
         )
 
 
-# Names of Python's come first, since all that follows relies on them. Those that are for a prompt alone, such as `exit`, may
-# be taken.
+# Names of Python's come first, since all that follows relies on them: as plain text on stderr, for want of a log. Those that
+# are for a prompt alone, such as `exit`, may be taken.
 refuse_names(
     [
         name
@@ -180,8 +180,8 @@ refuse_names(
 class JsonLines:
     """Writes JSON to stdout, an object a line, from a thread: whoever adds one never waits for the reader of the log.
 
-    The thread writes every 50 ms, and at once where much waits; more often, it would take the interpreter from the event
-    loop too often. Up to `MAX_WAITING` bytes wait; of what comes beyond, a later line says how many lines were lost.
+    The thread writes every 50 ms, not more often, since the event loop loses the interpreter each time, and at once where
+    much waits. Up to `MAX_WAITING` bytes wait; of what comes beyond, a later line says how many lines were lost.
     """
 
     MAX_WAITING = 1_000_000
@@ -539,7 +539,7 @@ class Lifecycle:
         self.is_stopping = False
         self.stop_server: collections.abc.Callable[[], object] = lambda: None
         self.interrupt_server: Any = None
-        # None until the app has started, and where SIGTERM is not ours: then there is no drain.
+        # None until the app has started, and where SIGTERM is not ours, as with `--lifespan off`: then there is no drain.
         self.loop: asyncio.AbstractEventLoop | None = None
         self.event_streams: set[asyncio.Task[Any]] = set()
 
@@ -617,6 +617,7 @@ class Lifecycle:
             self.stop_server()
 
     def end_event_streams(self) -> None:
+        """End those that are open, and from now on each that begins."""
         self.is_stopping = True
         for task in self.event_streams:
             task.cancel()
@@ -769,7 +770,7 @@ class EnvelopeResponder:
             self.is_complete = not message.get("more_body", False)
         try:
             await self.client_send(message)
-        finally:  # since Starlette may cancel this task here, once the last piece of a stream is written
+        finally:  # since Starlette may cancel this task while `TurnByTurn` waits after the last piece of a stream
             if self.is_complete:
                 self.finish()
 
@@ -1030,7 +1031,7 @@ MAX_PIPELINE = 100
 class Http(HttpToolsProtocol):
     """Uvicorn's HTTP/1.1 with limits to what a client sends outside of a body: how much, how slowly, how often.
 
-    Its responses go through the `Outbox`, which comes after this class, with what belongs to it.
+    Its responses go through `TurnByTurn`, `ResponseTransport` and the `Outbox`, which come after this class.
 
     It knows these of uvicorn's parts, which are not documented: the attributes `app`, `client`, `cycle`, `flow`, `headers`,
     `logger`, `loop`, `parser`, `pipeline`, `server_state`, `timeout_keep_alive`, `timeout_keep_alive_task`, `transport` and
@@ -1081,7 +1082,8 @@ class Http(HttpToolsProtocol):
             # An exception in one of our `on_` methods is inside of the parser's own error, as its context.
             self.refuse("Invalid HTTP request received.", error.__context__ or error)
         else:
-            # While a response is due, no time is limited yet: `on_response_complete` does that after it.
+            # The time of a head runs from its first byte: a timer that is set is that one. While a response is due, there is
+            # none yet: `on_response_complete` sets it after that.
             if self.unfinished > MAX_HEAD_BYTES:
                 self.refuse("Request too large.")
             elif self.reading == "head" and self.timeout_keep_alive_task is None and self.has_answered():
@@ -1147,7 +1149,7 @@ class Http(HttpToolsProtocol):
             self.refuse("Invalid HTTP request received.", ValueError("a handshake with a body"))
         elif not self.has_answered():
             self.refuse("Invalid HTTP request received.", ValueError("a handshake before the answers"))
-        else:
+        else:  # a client sends nothing more before the handshake is answered: `rest` is empty, or dropped as by uvicorn
             self.flush()
             self.handle_websocket_upgrade()
 

