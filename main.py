@@ -1,8 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "anyio", "click", "fastapi", "fastapi-offline", "httptools", "httpx", "opentelemetry-api", "pydantic",
-#     "pydantic-core", "starlette", "uvicorn>=0.54,<0.55", "uvloop; sys_platform != 'win32'",
+#     "anyio", "click", "fastapi", "fastapi-offline", "httptools", "opentelemetry-api", "pydantic", "pydantic-core",
+#     "starlette", "uvicorn>=0.54,<0.55", "uvloop; sys_platform != 'win32'",
+#     "httpx",  # for requests of your service to others, and of its test to it
 # ]
 # ///
 """A FastAPI service in one file. First comes the service, which is yours; then what makes it at home in a container."""
@@ -49,7 +50,7 @@ async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
 def prestart() -> None:
     """Steps before starting, such as a migration, which `python main.py --prestart` runs.
 
-    `settings` is there, but no app runs. An exception ends the steps with status 1. The deployments in `deploy/` run
+    `settings` is there, but no app runs. This may be an `async def`, too. An exception ends the steps with status 1. The deployments in `deploy/` run
     them once, before any replica starts; if they fail, no replica does.
     """
 
@@ -216,8 +217,8 @@ class JsonLines:
             self.lost += 1
             return
         data = self.encode(line)
-        size = len(data)  # no call on the next line: there, another thread could come between reading and adding
-        self.added += size
+        size = len(data)
+        self.added += size  # without a call, for which the interpreter could go to another thread amid this
         self.lines.append(data)
         if self.is_asleep or waiting <= self.MUCH < waiting + size:
             self.is_asleep = False
@@ -665,15 +666,22 @@ def is_probe(scope: asgi.Scope) -> bool:
 class Envelope:
     """The outermost middleware: continues the trace of the caller, answers probes, and has an `EnvelopeResponder` do the rest.
 
-    The headers are added to each response that has none of the same name.
+    The headers are added to each response that has none of the same name. The lines of the requests go to `lines`, or to the
+    logger `access` where that is None; with `has_access_log` false there are none.
     """
 
     def __init__(
-        self, app: asgi.ASGIApp, lifecycle: Lifecycle, headers: dict[str, str], lines: JsonLines | None
+        self,
+        app: asgi.ASGIApp,
+        lifecycle: Lifecycle,
+        headers: dict[str, str],
+        has_access_log: bool,
+        lines: JsonLines | None,
     ) -> None:
         self.app = app
         self.lifecycle = lifecycle
         self.headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+        self.has_access_log = has_access_log
         self.lines = lines
 
     async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
@@ -802,7 +810,7 @@ class EnvelopeResponder:
         self.log()
 
     def log(self) -> None:
-        if self.is_logged or not self.logger.isEnabledFor(logging.INFO):
+        if self.is_logged or not self.envelope.has_access_log or not self.logger.isEnabledFor(logging.INFO):
             return
         if self.is_probe and self.status < 400:
             return
@@ -1013,7 +1021,9 @@ def serve_documentation_from_here(app: fastapi.FastAPI, assets: str = "/static-o
         if isinstance(route, starlette.routing.Mount) and isinstance(route.app, fastapi.FastAPI):
             serve_documentation_from_here(route.app, assets)
         elif type(route) is starlette.routing.Route and route.path in pages:  # exactly: those of yours are APIRoutes
-            app.routes[index] = starlette.routing.Route(route.path, from_here(route.endpoint), include_in_schema=False)
+            app.routes[index] = starlette.routing.Route(
+                route.path, from_here(route.endpoint), name=route.name, include_in_schema=False
+            )
     if app.openapi_url and pages:
         app.routes.insert(
             0, starlette.routing.Mount(assets, StaticFiles(packages=[("fastapi_offline", "static")]), name="assets")
@@ -1074,20 +1084,23 @@ class Http(HttpToolsProtocol):
         if self.is_refused or self.is_lingering:
             return
         self.unfinished += len(data)
+        after_upgrade: bytes | None = None  # what follows a head that asks for another protocol
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self.upgrade(data[upgrade.args[0] :])
+            after_upgrade = data[upgrade.args[0] :]
         except httptools.HttpParserError as error:
             # An exception in one of our `on_` methods is inside of the parser's own error, as its context.
             self.refuse("Invalid HTTP request received.", error.__context__ or error)
-        else:
+            return
+        if after_upgrade is not None:
+            self.upgrade(after_upgrade)
+        elif self.unfinished > MAX_HEAD_BYTES:
+            self.refuse("Request too large.")
+        elif self.reading == "head" and self.timeout_keep_alive_task is None and self.has_answered():
             # The time of a head runs from its first byte: a timer that is set is that one. While a response is due, there is
             # none yet: `on_response_complete` sets it after that.
-            if self.unfinished > MAX_HEAD_BYTES:
-                self.refuse("Request too large.")
-            elif self.reading == "head" and self.timeout_keep_alive_task is None and self.has_answered():
-                self.wait_for_client()
+            self.wait_for_client()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -1398,14 +1411,19 @@ def check_limits(workers: int) -> None:
     elif threads is not None and threads < 80 * processes:
         problem = f"{80 * processes} threads, the limit is {threads} threads"
     if problem:
-        refuse_start(SettingError(f"WEB_CONCURRENCY={workers} needs {problem}"))
+        refuse_start(SettingError(f"{workers} workers, by WEB_CONCURRENCY or --workers, need {problem}"))
 
 
 def main() -> None:
     """Run the steps before starting, or serve with uvicorn, with JSON on stdout and the protocol's limits."""
     check_limits(uvicorn_options["workers"])  # for the steps before starting, too, or they would run for nothing
+    level = LOG_LEVELS[uvicorn_options["log_level"]]
+    LOGGING_CONFIG["root"]["level"] = level
     if uvicorn_options["prestart"]:
-        prestart()
+        logging.getLogger().setLevel(level)
+        steps: Any = prestart()
+        if asyncio.iscoroutine(steps):  # yours is an `async def`
+            asyncio.run(steps)
         return
     del uvicorn_options["prestart"]  # the rest are uvicorn's
     if uvicorn_options["http"] in {"auto", "httptools"}:
@@ -1415,10 +1433,9 @@ def main() -> None:
         container_log.warning(
             "--http %s: no limit to the head of a request, in bytes, fields or time", uvicorn_options["http"]
         )
-    if not uvicorn_options["access_log"]:
-        LOGGING_CONFIG["loggers"]["access"] = {"level": "CRITICAL"}
+    if uvicorn_options["lifespan"] == "off":
+        container_log.warning("--lifespan off: SIGTERM ends the service without a drain")
     uvicorn_options["access_log"] = False  # uvicorn's own lines: those of EnvelopeResponder take their place
-    LOGGING_CONFIG["root"]["level"] = LOG_LEVELS[uvicorn_options["log_level"]]
     is_alone = uvicorn_options["workers"] == 1 and not uvicorn_options["reload"]
     if uvicorn_options["host"] == "::" and is_alone and uvicorn_options["port"]:
         # IPv4, too: `::` would be IPv6 alone. Not for workers, who get both; nor with port 0, which would be two ports.
@@ -1447,6 +1464,7 @@ app.add_middleware(
     Envelope,
     lifecycle=Lifecycle(0 if is_reloading() else server_settings.drain_seconds),
     headers=SAFE_HEADERS,
+    has_access_log=uvicorn_options.get("access_log", True),
     lines=None if uvicorn_options.get("log_config") else json_lines,
 )
 serve_documentation_from_here(app)

@@ -396,7 +396,7 @@ def test_compose_repeats_a_request_that_a_replica_died_of_unless_it_may_have_had
 WATCH = ["docker", "compose", "--file", "deploy/watch.yaml"]
 
 
-def test_watch_serves_an_edit_of_main_py_and_builds_a_changed_lock_anew(image, tmp_path):
+def test_watch_serves_an_edit_even_after_one_that_cannot_start_and_builds_a_changed_lock_anew(image, tmp_path):
     for name in ("Dockerfile", "requirements.txt", ".dockerignore"):
         shutil.copy2(HERE / name, tmp_path)
     shutil.copy2(frozen(), tmp_path)
@@ -413,12 +413,18 @@ def test_watch_serves_an_edit_of_main_py_and_builds_a_changed_lock_anew(image, t
     def served() -> bool:
         return answers(url, "/openapi.json", "Read the item")
 
+    def logs() -> str:
+        return run(*WATCH, "logs", cwd=tmp_path, env=environment)
+
     with subprocess.Popen([*WATCH, "up", "--build", "--watch"], cwd=tmp_path, env=environment) as watch:
         try:
             wait_until(lambda: answers(url), 120)
             first = built()
             edited = tmp_path / "main.py"
-            edited.write_text(edited.read_text().replace("Read an item", "Read the item"))
+            text = edited.read_text()
+            edited.write_text("import nonsense\n" + text)
+            wait_until(lambda: "No module named 'nonsense'" in logs())
+            edited.write_text(text.replace("Read an item", "Read the item"))
             seconds = wait_until(served)
             print(f"an edit of main.py is served after {seconds:.1f} s")
             assert built() == first

@@ -1,5 +1,6 @@
 """What the log promises: one JSON object a line, one access line a request, ids of traces."""
 
+import json
 import os
 import pty
 import re
@@ -219,6 +220,24 @@ def test_log_level_holds_for_every_logger_and_either_switch_ends_the_access_log(
         process.terminate()
     assert [line["level"] for line in process.said("said at")] == levels
     assert not access(process.lines)
+
+
+@pytest.mark.parametrize(("switches", "requests"), [((), 1), (("--no-access-log",), 0)])
+def test_switch_ends_the_access_log_that_a_configuration_of_yours_writes(tmp_path, switches, requests):
+    """To a file, with each record's logger on a line of its own."""
+    handler = {"class": "logging.FileHandler", "filename": str(tmp_path / "log"), "formatter": "name"}
+    config = {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"name": {"format": "%(name)s"}},
+        "handlers": {"file": handler},
+        "root": {"handlers": ["file"], "level": "INFO"},
+    }
+    (file := tmp_path / "log.json").write_text(json.dumps(config))
+    with Process(f"--log-config={file}", *switches, DRAIN_SECONDS="0") as process:
+        httpx.get(process.url)
+        process.terminate()
+    assert (tmp_path / "log").read_text().splitlines().count("access") == requests
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,19 @@ def test_steps_before_starting_take_options_as_the_service_does():
     assert (process.end(), process.lines) == (0, [])
 
 
+@pytest.mark.parametrize("definition", ["def", "async def"])
+@pytest.mark.parametrize(("level", "said"), [("debug", ["debug", "info", "warning"]), ("warning", ["warning"])])
+def test_steps_before_starting_log_at_their_level_and_may_be_async(variant, definition, level, said):
+    code = f"""
+{definition} prestart():
+    for level in ("debug", "info", "warning"):
+        getattr(container_log, level)("a step")
+"""
+    process = Process("--prestart", source=variant(code), LOG_LEVEL=level)
+    assert process.end() == 0
+    assert [line["level"] for line in process.said("a step")] == said
+
+
 def test_reload_by_its_variable_does_not_drain(variant):
     source = variant()
     arguments = ("--reload-dir", str(source.parent))
@@ -60,6 +73,7 @@ def test_lifespan_that_is_off_leaves_the_service_ready_and_its_connections_open(
         assert "connection" not in client.get("/").headers
         process.terminate()
     assert process.said("Finished server process")
+    assert [line["level"] for line in process.said("without a drain")] == ["warning"]
 
 
 def test_other_protocol_says_at_the_start_which_limits_do_not_hold():

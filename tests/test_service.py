@@ -319,6 +319,7 @@ def test_variables_of_others_do_not_switch_telemetry_on(service):
     assert not service.said("elemetry")
 
 
+PAGES = {"/docs": "swagger_ui_html", "/help/pages": "swagger_ui_html", "/redoc": "redoc_html"}
 OTHER_DOCS = """
 app = FastAPI({}, lifespan=lifespan)
 @app.get("/items/{{item_id}}")
@@ -346,6 +347,7 @@ def test_own_choice_of_documentation_pages_holds(variant, options, statuses):
     if "init_oauth" in options:
         assert '"clientId": "mine"' in pages["/docs"].text
     for path in {"/docs", "/redoc", "/help/pages"} & statuses.keys():
+        assert pages[path].status_code == 404 or load(source).app.url_path_for(PAGES[path]) == path
         assert "https://" not in pages[path].text.replace("https://fastapi", "")
         assert "//cdn" not in pages[path].text
 

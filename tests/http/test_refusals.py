@@ -102,6 +102,19 @@ def test_refusal_waits_for_the_responses_before_it_and_is_then_an_end(patient, p
     assert int(get(patient, "/runs")) == runs
 
 
+def test_refusal_names_its_cause_after_an_upgrade_that_was_not_taken_as_well(patient):
+    """The request that asks for another protocol is read a second time, and what follows it with it."""
+    plain = request(b"GET /items/5 HTTP/1.1")
+    upgrade = request(b"GET /items/5 HTTP/1.1", b"Connection: Upgrade", b"Upgrade: foo")
+    start = patient.mark()
+    for head in (plain, upgrade):
+        with Client(patient) as client:
+            client.send(head + b"nonsense\r\n\r\n")
+            assert client.statuses() == [200]
+    first, second = refusals(patient.since(start))
+    assert first["cause"] == second["cause"] != ""
+
+
 def test_bad_chunk_amid_the_response_to_it_ends_that(patient):
     with Client(patient) as client:
         client.send(request(b"POST /count/ HTTP/1.1", b"Transfer-Encoding: chunked"))
