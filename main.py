@@ -24,8 +24,8 @@ from pydantic import BaseModel, Field
 # --- Your service: everything that you add goes here ---
 # Add routes, models, middleware and exception handlers below `app`. The second part of the file wraps them. If you define a
 # name that the second part uses, or one of Python's such as `list`, the service refuses to start and says which.
-# One thing alone stands elsewhere, since it needs the value of a setting: a middleware that takes one is added near the
-# end of the file, at `app.add_middleware`.
+# A middleware that takes the value of a setting, which no variable has yet here, is added near the end of the file instead,
+# where you find other `app.add_middleware`.
 
 
 class Settings(BaseModel):
@@ -87,7 +87,9 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 
 # --- The container's side: probes, log, limits, settings, start and stop ---
 
-YOURS = globals().copy()  # all names so far; at the end, `refuse_names` tells those that what follows has defined again
+# All names so far; at the end, `refuse_names` tells those that what follows has defined again. None after a reload, when all
+# are there already.
+YOURS = {} if "YOURS" in globals() else globals().copy()
 
 import asyncio
 import builtins
@@ -105,7 +107,7 @@ import os
 import pathlib
 import queue
 import re
-import signal  # once more, as `sys`: you may have taken the name, and what follows needs the module to say so
+import signal  # this and `sys` once more: if you have defined such a name, what tells you so needs the module
 import socket
 import sys  # noqa: F811
 import threading
@@ -191,7 +193,7 @@ class JsonLines:
     def __init__(self) -> None:
         self.stdout = sys.__stdout__.fileno() if sys.__stdout__ else None  # even if your code replaces `sys.stdout`
         self.lines: collections.deque[bytes] = collections.deque()
-        # Each wakes the thread. Unlike an Event, this may be used at any moment, as by a `__del__` amid the thread's wait.
+        # Each wakes the thread. It is no Event, since a `__del__` that Python runs amid the thread's wait may log, too.
         self.alarms: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.is_asleep = False  # the thread, until there is a line
         self.added = 0  # bytes, counted by who adds
@@ -218,7 +220,7 @@ class JsonLines:
             return
         data = self.encode(line)
         size = len(data)
-        self.added += size  # without a call, for which the interpreter could go to another thread amid this
+        self.added += size  # safe without a lock: CPython changes threads at calls and loops alone, and here is none
         self.lines.append(data)
         if self.is_asleep or waiting <= self.MUCH < waiting + size:
             self.is_asleep = False
@@ -238,7 +240,7 @@ class JsonLines:
                 self.alarms.get()
             self.is_asleep = False
             with contextlib.suppress(queue.Empty):
-                self.alarms.get(timeout=0.05)
+                self.alarms.get(timeout=0.05)  # time for more lines to come; ended early where much waits
             data = b"".join([self.lines.popleft() for _ in range(len(self.lines))])
             self.write(data)
             lost = self.lost - reported
@@ -703,21 +705,21 @@ class Envelope:
 
         Returns the token with which the caller's span is left again.
         """
-        # A span that is already current is FastAPI's, if it is local. A remote one is left over from the request before:
-        # where requests are pipelined, uvicorn serves each in the context of the one before it.
-        span = trace.get_current_span().get_span_context()
-        if span.is_valid and not span.is_remote:
-            request_span.set(span)
+        current = trace.get_current_span().get_span_context()
+        if current.is_valid and not current.is_remote:  # FastAPI's
+            request_span.set(current)
             return None
+        # Where requests are pipelined, uvicorn serves each in the context of the one before it, with that one's caller.
+        has_wrong_caller = current.is_valid
         headers: dict[str, str] = {}
         for name, value in scope["headers"]:
             if name in TRACE_HEADERS:
                 key, text = name.decode(), value.decode("latin-1")
                 headers[key] = f"{headers[key]},{text}" if key in headers else text
-        if not headers and not span.is_valid:
+        if not headers and not has_wrong_caller:
             request_span.set(trace.INVALID_SPAN_CONTEXT)
             return None
-        # Of no headers, it makes a context without a span: that leaves the one of the request before.
+        # Without headers, this is a context without a caller.
         context = propagate.extract(headers, trace.set_span_in_context(trace.INVALID_SPAN))
         request_span.set(trace.get_current_span(context).get_span_context())
         return opentelemetry.context.attach(context)
@@ -778,7 +780,7 @@ class EnvelopeResponder:
             self.is_complete = not message.get("more_body", False)
         try:
             await self.client_send(message)
-        finally:  # since Starlette may cancel this task while `TurnByTurn` waits after the last piece of a stream
+        finally:  # also where Starlette cancels this task amid that, as it may after the last piece of a stream
             if self.is_complete:
                 self.finish()
 
@@ -799,9 +801,9 @@ class EnvelopeResponder:
         return self.lifecycle.is_stopping and self.task in self.lifecycle.event_streams and not self.is_complete
 
     async def end(self) -> None:
-        """Complete a response that was cut."""
+        """Complete a response that was cut, in the task that `Lifecycle.end_event_streams` has cancelled."""
         if self.task:
-            self.task.uncancel()
+            self.task.uncancel()  # so that it may go on to its end
         await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def finish(self) -> None:
@@ -852,6 +854,7 @@ class EnvelopeResponder:
         if path == own or not path.endswith(own):
             return route.path_format
         prefix = path.removesuffix(own)  # "/api/5"
+        # Those of the route's own template do not stand in the prefix.
         others = {name: value for name, value in values.items() if "{" + name + "}" not in route.path_format}
         templates = {value: "{" + name + "}" for name, value in others.items()}  # {5: "{tenant}"}
         parts = [templates.get(part, part) for part in prefix.split("/")]
@@ -891,8 +894,8 @@ class BodyLimits(RequestBodyLimitMiddleware):
     Either is raised from `receive`, inside of whoever reads the body. Where the app does not read it, the length that is
     announced is all that is judged, and a 413 takes the place of the app's response.
 
-    The time, in seconds, is that between two pieces of the body, and runs only while the service waits for one. Either
-    refusal closes the connection. A request without a body costs nothing here.
+    The time, in seconds, is that between two pieces of the body, and runs only while the service waits for one. A 408 takes
+    the place of what the app makes of it. Either refusal closes the connection. A request without a body costs nothing here.
     """
 
     def __init__(self, app: asgi.ASGIApp, max_body_size: int, timeout: float) -> None:
@@ -905,17 +908,18 @@ class BodyLimits(RequestBodyLimitMiddleware):
             return
         body = BodyResponder(self.timeout, scope, receive, send)
         try:
-            # `FastAPI(max_body_size=…)` has limited it already, outside of all middleware: that limit holds, not this one.
+            # `FastAPI(max_body_size=…)`, which is outside of all middleware, has set a limit: that one holds, not this.
             if MAX_BODY_SIZE_SCOPE_KEY in scope:
                 await self.app(scope, body.receive_in_time, body.send_and_close)
             else:
                 await super().__call__(scope, body.receive_in_time, body.send_and_close)
         except (StarletteHTTPException, ExceptionGroup) as error:
             refusal = self.find_refusal(error)
-            if refusal is None or body.has_response:
+            if refusal is None or (body.has_response and not body.is_replaced):
                 raise
-            answer = JSONResponse({"detail": refusal.detail}, refusal.status_code)
-            await answer(scope, receive, body.send_and_close)
+            if not body.has_response:
+                answer = JSONResponse({"detail": refusal.detail}, refusal.status_code)
+                await answer(scope, receive, body.send_and_close)
 
     def find_refusal(self, error: Exception) -> StarletteHTTPException | None:
         """The 408 or 413 in an error: each `@app.middleware("http")` on its way puts it into an `ExceptionGroup`."""
@@ -945,6 +949,7 @@ class BodyResponder:
         self.is_whole = False
         self.is_late = False
         self.has_response = False
+        self.is_replaced = False  # the response
 
     async def receive_in_time(self) -> asgi.Message:
         if self.is_whole:  # what comes next is the end of the client, whenever that is
@@ -961,7 +966,13 @@ class BodyResponder:
         return {"type": "http.disconnect"}
 
     async def send_and_close(self, message: asgi.Message) -> None:
+        if self.is_replaced:
+            return
         if message["type"] == "http.response.start":
+            if self.is_late and message["status"] != 408:  # such as FastAPI's 400, where a middleware was on its way
+                await JSONResponse({"detail": "Request Timeout"}, 408)(self.scope, self.receive, self.send_and_close)
+                self.is_replaced = True
+                return
             self.has_response = True
             is_refusal = self.is_late or message["status"] in {408, 413}
             if is_refusal and is_http1(self.scope):
@@ -1098,8 +1109,8 @@ class Http(HttpToolsProtocol):
         elif self.unfinished > MAX_HEAD_BYTES:
             self.refuse("Request too large.")
         elif self.reading == "head" and self.timeout_keep_alive_task is None and self.has_answered():
-            # The time of a head runs from its first byte: a timer that is set is that one. While a response is due, there is
-            # none yet: `on_response_complete` sets it after that.
+            # The head's first bytes: `on_message_begin` has just unset the timer of the idle connection. With later ones a
+            # timer runs already. While a response is due, none does: `on_response_complete` sets it after that.
             self.wait_for_client()
 
     def on_message_begin(self) -> None:
@@ -1122,15 +1133,13 @@ class Http(HttpToolsProtocol):
         urllib.parse.unquote(self.url.decode("ascii"), errors="strict")  # for the ValueError that it may raise
         self._unset_keepalive_if_required()
         self.unfinished = 0
-        is_websocket = self._should_upgrade()
-        if self.parser.should_upgrade() and not is_websocket:
-            return  # `data_received` calls `upgrade` next, which serves it
-        super().on_headers_complete()  # makes a cycle of the request; for a WebSocket it only fills the scope
-        if not is_websocket:
-            self.reading = "body"
-            self.headers = []  # another list, since uvicorn would add trailers to the one that the scope holds
-            self.cycle.transport = ResponseTransport(self, self.transport)
-            self.unanswered.append(self.cycle)
+        if self.parser.should_upgrade():
+            return  # the parser stops here, and `data_received` calls `upgrade`
+        super().on_headers_complete()  # makes a cycle of the request
+        self.reading = "body"
+        self.headers = []  # another list, since uvicorn would add trailers to the one that the scope holds
+        self.cycle.transport = ResponseTransport(self, self.transport)
+        self.unanswered.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         self.unfinished = 0
@@ -1138,7 +1147,7 @@ class Http(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():
-            return  # of the head alone: `data_received` calls `upgrade` next
+            return  # the parser takes such a head for a whole message, even if a body follows: `upgrade` comes next
         self.unfinished = 0
         self.reading = "nothing"
         super().on_message_complete()
@@ -1146,8 +1155,7 @@ class Http(HttpToolsProtocol):
     def upgrade(self, rest: bytes) -> None:
         """Switch to WebSocket, or serve the request as if it did not ask for another protocol (RFC 9110, 7.8).
 
-        The parser stops at the end of a head that asks for one, also before a body: after `on_headers_complete` and
-        `on_message_complete`.
+        The parser has stopped at the end of the head, after `on_headers_complete` and `on_message_complete`.
         """
         has_body = any(
             name == b"transfer-encoding" or (name == b"content-length" and int(value) > 0)
@@ -1164,6 +1172,7 @@ class Http(HttpToolsProtocol):
             self.refuse("Invalid HTTP request received.", ValueError("a handshake before the answers"))
         else:  # a client sends nothing more before the handshake is answered: `rest` is empty, or dropped as by uvicorn
             self.flush()
+            super().on_headers_complete()  # fills the scope
             self.handle_websocket_upgrade()
 
     def serve_without_upgrade(self, rest: bytes) -> None:
@@ -1199,7 +1208,9 @@ class Http(HttpToolsProtocol):
     def refuse_body(self, message: str) -> None:
         """Refuse a request whose head the app has already, or will have after those before it in the pipeline."""
         if self.pipeline:
-            self.pipeline.popleft()  # the newest, never served: uvicorn adds on the left, serves from the right
+            # The request whose body is read is the newest, and was never served: uvicorn adds on the left, serves from the
+            # right.
+            self.pipeline.popleft()
             self.unanswered.pop()
             return
         self.disconnect(self.cycle)
@@ -1261,12 +1272,12 @@ class Http(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self.unanswered.popleft()
-        was_last = not self.pipeline  # before uvicorn takes the next request out
-        super().on_response_complete()
+        was_last = not self.pipeline
+        super().on_response_complete()  # begins the next request of the pipeline, or sets the timer of an idle connection
         if self.is_refused and was_last:
-            self.loop.call_soon(self.linger)  # after what ResponseTransport has still to write
+            self.loop.call_soon(self.linger)  # after the turn's end, when the `Outbox` has sent this response
         elif self.reading == "head" and self.has_answered():
-            self.wait_for_client()
+            self.wait_for_client()  # for the rest of a head: in the place of uvicorn's timer
 
     def shutdown(self) -> None:
         """Let uvicorn close the connection, if nothing is due on it, or end it with the response that is."""
@@ -1308,7 +1319,7 @@ class Outbox:
         for response in responses:
             response.flush()
         if self.is_searching_less:
-            self.loop.call_soon(self.search_as_usual)  # in the next turn: in this one the tasks in TurnByTurn go on
+            self.loop.call_soon(self.search_as_usual)  # in the next turn: the tasks of these responses end in this one
 
     def search_less(self) -> None:
         self.is_searching_less = True
@@ -1354,16 +1365,17 @@ class ResponseTransport(asyncio.Transport):
             self.transport.write(data)
 
     def is_closing(self) -> bool:
+        """Whether nothing more can be written: our side may be closed while the connection is not."""
         return self.protocol.is_lingering or self.transport.is_closing()
 
     def close(self) -> None:
         """Close the connection, slowly where the client has sent, or still sends, what will have no response."""
         self.flush()
         protocol = self.protocol
-        if protocol.reading == "nothing" and not protocol.pipeline and not protocol.is_refused:
-            self.transport.close()
-        else:
+        if protocol.reading != "nothing" or protocol.pipeline or protocol.is_refused:
             protocol.linger()
+        else:
+            self.transport.close()
 
 
 class TurnByTurn:
@@ -1454,8 +1466,8 @@ if Exception not in app.exception_handlers and 500 not in app.exception_handlers
 if app.exception_handlers[StarletteHTTPException] is http_exception_handler:
     app.add_exception_handler(StarletteHTTPException, http_exception_with_cause)
 
-# The last one is outermost: it sees a request first. Yours, added above, are inside of all these: a 503 of Overload has
-# none of their headers. Add one that takes a setting here, above these, and one that is to wrap them below.
+# Each wraps those above it, so the last one sees a request first, and yours, which are further up, see it last: a 503 of
+# Overload has none of their headers. Here is the place for one of yours that takes a setting.
 app.add_middleware(
     BodyLimits, max_body_size=server_settings.max_body_bytes, timeout=server_settings.client_body_timeout
 )

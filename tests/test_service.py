@@ -462,10 +462,23 @@ async def read_first(request, call_next):
 """
 
 
+ITEM_AND_MOUNT = """
+@app.post("/item")
+async def post_item(item: Item) -> Item:
+    return item
+
+other = FastAPI()
+other.middleware("http")(stamp)
+other.post("/size")(read_size)
+app.mount("/other", other)
+"""
+
+
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory):
     """A service with middleware of its own, and with limits to a body that are soon reached."""
-    source = write_variant(tmp_path_factory.mktemp("limited") / "main.py", MIDDLEWARE + READS_FIRST + MIDDLEWARE)
+    code = MIDDLEWARE + READS_FIRST + MIDDLEWARE + ITEM_AND_MOUNT
+    source = write_variant(tmp_path_factory.mktemp("limited") / "main.py", code)
     with Process(source=source, MAX_BODY_BYTES="1000", CLIENT_BODY_TIMEOUT="1") as process:
         yield process
     assert not process.said("Exception")
@@ -479,11 +492,19 @@ def test_own_middleware_keeps_refusals_of_a_body_what_they_are(limited, headers)
     assert post(bytes(1000)).headers["x-stamp"] == "mine"
     assert post(bytes(1001)).status_code == 413
     assert post(iter([bytes(600)] * 2)).status_code == 413  # in chunks, without a length
+
+
+@pytest.mark.parametrize("path", ["/size", "/item", "/other/size"])
+@pytest.mark.parametrize("headers", [{}, {"Reads-First": "yes"}], ids=["passes it on", "reads it first"])
+def test_body_that_stops_is_a_408_whatever_is_on_its_way(limited, path, headers):
+    """Whoever reads it: the operation, FastAPI for it, or an app that is mounted."""
     with socket.create_connection(("127.0.0.1", urlsplit(limited.url).port), 60) as connection:
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        connection.sendall(f"POST /size HTTP/1.1\r\nHost: service\r\n{head}Content-Length: 10\r\n\r\n".encode())
-        answer = connection.recv(65536)
+        connection.sendall(f"POST {path} HTTP/1.1\r\nHost: service\r\n{head}Content-Length: 10\r\n\r\n".encode())
+        with connection.makefile("rb") as file:
+            answer = file.read()
     assert (answer[:13], b"\r\nconnection: close" in answer) == (b"HTTP/1.1 408 ", True)
+    assert answer.endswith(b'{"detail":"Request Timeout"}')
 
 
 TEXT_FOR_BYTES = """

@@ -173,3 +173,13 @@ def test_setting_of_yours_comes_from_a_file(variant, tmp_path):
 def test_log_level_is_read_in_any_case(monkeypatch, level):
     monkeypatch.setenv("LOG_LEVEL", level)
     assert main.read_environment(main.ServerSettings, shows_values=True).log_level == level.lower()
+
+
+def test_file_may_be_imported_anew_with_another_setting(monkeypatch):
+    """As `importlib.reload` does it: the names of the first time are still there."""
+    module = load(frozen())
+    monkeypatch.setenv("HELLO", "Moon")
+    assert module.__spec__ is not None
+    assert module.__spec__.loader is not None
+    module.__spec__.loader.exec_module(module)
+    assert module.settings.hello == "Moon"
