@@ -24,8 +24,8 @@ from pydantic import BaseModel, Field
 # --- Your service: everything that you add goes here ---
 # Add routes, models, middleware and exception handlers below `app`. The second part of the file wraps them. If you define a
 # name that the second part uses, or one of Python's such as `list`, the service refuses to start and says which.
-# A middleware that takes the value of a setting, which no variable has yet here, is added near the end of the file instead,
-# where you find other `app.add_middleware`.
+# `settings` has no value yet at this point. So a middleware that needs one is added near the end of the file, where the other
+# calls of `app.add_middleware` are.
 
 
 class Settings(BaseModel):
@@ -50,8 +50,8 @@ async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
 def prestart() -> None:
     """Steps before starting, such as a migration, which `python main.py --prestart` runs.
 
-    `settings` is there, but no app runs. This may be an `async def`, too. An exception ends the steps with status 1. The deployments in `deploy/` run
-    them once, before any replica starts; if they fail, no replica does.
+    `settings` is there, but no app runs. This may be an `async def`, too. An exception ends the steps with status 1. The
+    deployments in `deploy/` run them once, before any replica starts; if they fail, no replica does.
     """
 
 
@@ -87,8 +87,8 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 
 # --- The container's side: probes, log, limits, settings, start and stop ---
 
-# All names so far; at the end, `refuse_names` tells those that what follows has defined again. None after a reload, when all
-# are there already.
+# A copy of all names so far. At the end of the file, `refuse_names` lists those that the code below has overwritten. Empty
+# where `importlib.reload` runs this file again, since all names are there then.
 YOURS = {} if "YOURS" in globals() else globals().copy()
 
 import asyncio
@@ -103,11 +103,12 @@ import gc
 import io
 import logging
 import logging.config
+import multiprocessing
 import os
 import pathlib
 import queue
 import re
-import signal  # this and `sys` once more: if you have defined such a name, what tells you so needs the module
+import signal  # again, as `sys`: if you have overwritten it, `refuse_names` sees that by this
 import socket
 import sys  # noqa: F811
 import threading
@@ -193,7 +194,8 @@ class JsonLines:
     def __init__(self) -> None:
         self.stdout = sys.__stdout__.fileno() if sys.__stdout__ else None  # even if your code replaces `sys.stdout`
         self.lines: collections.deque[bytes] = collections.deque()
-        # Each wakes the thread. It is no Event, since a `__del__` that Python runs amid the thread's wait may log, too.
+        # Each wakes the thread. An Event has a lock that the thread holds amid its wait: a `__del__` that Python runs there,
+        # and that logs, would wait for it for ever.
         self.alarms: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.is_asleep = False  # the thread, until there is a line
         self.added = 0  # bytes, counted by who adds
@@ -222,7 +224,8 @@ class JsonLines:
         size = len(data)
         self.added += size  # safe without a lock: CPython changes threads at calls and loops alone, and here is none
         self.lines.append(data)
-        if self.is_asleep or waiting <= self.MUCH < waiting + size:
+        becomes_much = waiting <= self.MUCH < waiting + size
+        if self.is_asleep or becomes_much:
             self.is_asleep = False
             self.alarms.put(None)
 
@@ -236,7 +239,8 @@ class JsonLines:
         reported = 0
         while True:
             self.is_asleep = True
-            if not self.lines:  # looked at after `is_asleep` is set: whoever adds a line does both in the other order
+            # A line that is added just now is seen here, or its `add` sees `is_asleep` and raises an alarm.
+            if not self.lines:
                 self.alarms.get()
             self.is_asleep = False
             with contextlib.suppress(queue.Empty):
@@ -606,7 +610,7 @@ class Lifecycle:
         assert self.loop is not None
         if self.is_draining:
             # A worker may get the same SIGTERM twice, from its group and from its parent.
-            if __name__ != "__mp_main__":
+            if multiprocessing.parent_process() is None:
                 self.stop()
             return
         self.is_draining = True
@@ -642,6 +646,7 @@ class Lifecycle:
 
 
 PROBES = {"/livez", "/readyz"}
+REFUSED = "service.refused"  # an extension of a scope: `Http` has answered it with 400, whatever the app does
 TRACE_HEADERS = {b"traceparent", b"tracestate", b"baggage"}
 UVICORNS_HEADERS = {header.partition(":")[0].strip().lower() for header in uvicorn_options.get("headers", ())}
 # Headers that a response gets if neither it nor uvicorn (`--header`) has one of that name. The policy is what the pages of
@@ -666,7 +671,7 @@ def is_probe(scope: asgi.Scope) -> bool:
 
 
 class Envelope:
-    """The outermost middleware: continues the trace of the caller, answers probes, and has an `EnvelopeResponder` do the rest.
+    """The outermost middleware: continues the caller's trace, answers probes, and has an `EnvelopeResponder` do the rest.
 
     The headers are added to each response that has none of the same name. The lines of the requests go to `lines`, or to the
     logger `access` where that is None; with `has_access_log` false there are none.
@@ -709,7 +714,8 @@ class Envelope:
         if current.is_valid and not current.is_remote:  # FastAPI's
             request_span.set(current)
             return None
-        # Where requests are pipelined, uvicorn serves each in the context of the one before it, with that one's caller.
+        # A remote span that is current already is left over: where requests are pipelined, uvicorn serves each in the context
+        # of the one before it.
         has_wrong_caller = current.is_valid
         headers: dict[str, str] = {}
         for name, value in scope["headers"]:
@@ -818,7 +824,11 @@ class EnvelopeResponder:
             return
         self.is_logged = True
         scope = self.scope
-        status = 499 if self.has_left else self.status  # nginx's number for a client that has left
+        status = self.status
+        if REFUSED in scope.get("extensions", ()):
+            status = 400
+        elif self.has_left:
+            status = 499  # nginx's number for a client that has left
         message = f"{scope['method']} {urllib.parse.quote(scope['path'])} {status}"
         fields = {
             "http.request.method": scope["method"],
@@ -848,7 +858,7 @@ class EnvelopeResponder:
         values = {name: str(value) for name, value in self.scope["path_params"].items()}  # {tenant: 5, item_id: 7}
         try:
             own = route.path_format.format(**values)  # "/items/7"
-        except (KeyError, IndexError, ValueError):  # it is a mount, whose rest of a path is no parameter
+        except (KeyError, IndexError, ValueError):  # of a mount, which ends in "{path}", and that is no parameter
             return route.path_format
         path = self.scope["path"].removeprefix(self.root_path)
         if path == own or not path.endswith(own):
@@ -915,11 +925,13 @@ class BodyLimits(RequestBodyLimitMiddleware):
                 await super().__call__(scope, body.receive_in_time, body.send_and_close)
         except (StarletteHTTPException, ExceptionGroup) as error:
             refusal = self.find_refusal(error)
-            if refusal is None or (body.has_response and not body.is_replaced):
+            if refusal is None:
                 raise
             if not body.has_response:
                 answer = JSONResponse({"detail": refusal.detail}, refusal.status_code)
                 await answer(scope, receive, body.send_and_close)
+            elif not body.is_replaced:  # else the client has the whole refusal already
+                raise
 
     def find_refusal(self, error: Exception) -> StarletteHTTPException | None:
         """The 408 or 413 in an error: each `@app.middleware("http")` on its way puts it into an `ExceptionGroup`."""
@@ -969,7 +981,8 @@ class BodyResponder:
         if self.is_replaced:
             return
         if message["type"] == "http.response.start":
-            if self.is_late and message["status"] != 408:  # such as FastAPI's 400, where a middleware was on its way
+            # Our exception may have become another: `@app.middleware` puts it into a group, which FastAPI answers with 400.
+            if self.is_late and message["status"] != 408:
                 await JSONResponse({"detail": "Request Timeout"}, 408)(self.scope, self.receive, self.send_and_close)
                 self.is_replaced = True
                 return
@@ -1058,8 +1071,8 @@ class Http(HttpToolsProtocol):
     `logger`, `loop`, `parser`, `pipeline`, `server_state`, `timeout_keep_alive`, `timeout_keep_alive_task`, `transport` and
     `url`, the methods `_should_upgrade`, `_unset_keepalive_if_required`, `_unsupported_upgrade_warning`,
     `handle_websocket_upgrade`, `on_response_complete` and `timeout_keep_alive_handler`, and of a cycle, which is one request
-    and its response, `disconnected`, `message_event`, `response_started` and `transport`. Hence the bound of uvicorn's
-    version at the head.
+    and its response, `disconnected`, `message_event`, `response_started`, `scope` and `transport`. Hence the bound of
+    uvicorn's version at the head.
     """
 
     parser: Any  # which uvicorn declares as perhaps None, since it is after the end
@@ -1108,9 +1121,15 @@ class Http(HttpToolsProtocol):
             self.upgrade(after_upgrade)
         elif self.unfinished > MAX_HEAD_BYTES:
             self.refuse("Request too large.")
-        elif self.reading == "head" and self.timeout_keep_alive_task is None and self.has_answered():
-            # The head's first bytes: `on_message_begin` has just unset the timer of the idle connection. With later ones a
-            # timer runs already. While a response is due, none does: `on_response_complete` sets it after that.
+        elif self.reading == "head":
+            self.limit_head()
+
+    def limit_head(self) -> None:
+        """Start the time of a head that has not come whole at once, unless it runs since the first of its bytes.
+
+        While a response is due, a head has no time: `on_response_complete` starts it then.
+        """
+        if self.timeout_keep_alive_task is None and self.has_answered():
             self.wait_for_client()
 
     def on_message_begin(self) -> None:
@@ -1215,6 +1234,7 @@ class Http(HttpToolsProtocol):
             return
         self.disconnect(self.cycle)
         if not self.cycle.response_started:
+            self.cycle.scope.setdefault("extensions", {})[REFUSED] = {}
             self.write_400(message)
         self.linger()
 
@@ -1450,7 +1470,7 @@ def main() -> None:
     uvicorn_options["access_log"] = False  # uvicorn's own lines: those of EnvelopeResponder take their place
     is_alone = uvicorn_options["workers"] == 1 and not uvicorn_options["reload"]
     if uvicorn_options["host"] == "::" and is_alone and uvicorn_options["port"]:
-        # IPv4, too: `::` would be IPv6 alone. Not for workers, who get both; nor with port 0, which would be two ports.
+        # By this, IPv4, too: `::` would be IPv6 alone. Uvicorn itself opens both for workers. Port 0 would be two ports.
         uvicorn_options["host"] = None
     click.Context(uvicorn.main).invoke(uvicorn.main, app="__main__:app", app_dir=None, **uvicorn_options)
 
@@ -1467,7 +1487,7 @@ if app.exception_handlers[StarletteHTTPException] is http_exception_handler:
     app.add_exception_handler(StarletteHTTPException, http_exception_with_cause)
 
 # Each wraps those above it, so the last one sees a request first, and yours, which are further up, see it last: a 503 of
-# Overload has none of their headers. Here is the place for one of yours that takes a setting.
+# Overload has none of their headers. One of yours that takes a setting has its place directly below this comment.
 app.add_middleware(
     BodyLimits, max_body_size=server_settings.max_body_bytes, timeout=server_settings.client_body_timeout
 )

@@ -2,13 +2,14 @@
 
 import os
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
-from tests.harness import Process, wait_until
+from tests.harness import Process, free_port, frozen, wait_until
 
 
 @pytest.mark.parametrize(("workers", "kill"), [("1", os.kill), ("2", os.killpg)], ids=["a process", "a group"])
@@ -29,6 +30,19 @@ def test_sigterm_makes_unready_at_once_but_serves_through_the_drain(workers, kil
         assert time.monotonic() - start > 1
     assert len(process.said("Shutting down in 2 s")) == int(workers)
     assert len(process.said("Finished server process")) == int(workers)
+
+
+def test_workers_of_uvicorns_own_command_drain_too_where_the_whole_group_gets_sigterm():
+    port = str(free_port())
+    command = (sys.executable, "-m", "uvicorn", "--app-dir")
+    arguments = ("main:app", "--port", port, "--workers", "2")
+    with Process(*arguments, command=command, source=frozen().parent, PORT=port, DRAIN_SECONDS="2") as process:
+        process.wait_for("Application startup complete", 2)
+        os.killpg(process.popen.pid, signal.SIGTERM)
+        wait_until(lambda: httpx.get(process.url + "/readyz").status_code == 503)
+        start = time.monotonic()
+        process.end()
+        assert time.monotonic() - start > 1
 
 
 def test_second_sigterm_ends_the_drain():
