@@ -23,7 +23,8 @@ from pydantic import BaseModel, Field
 
 # --- Your service: everything that you add goes here ---
 # Add routes, models, middleware and exception handlers below `app`. The second part of the file wraps them. If you define a
-# name that the second part uses, or one of Python's such as `list`, the service refuses to start and says which.
+# name that the second part uses, or one of Python's such as `list`, the service refuses to start and says which. A package
+# that you import goes into the dependencies at the head; `make lock` then writes requirements.txt.
 # `settings` has no value yet at this point. So a middleware that needs one is added near the end of the file, where the other
 # calls of `app.add_middleware` are.
 
@@ -91,6 +92,7 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 # where `importlib.reload` runs this file again, since all names are there then.
 YOURS = {} if "YOURS" in globals() else globals().copy()
 
+# `signal` and `sys` are imported a second time: where you have overwritten one, this undoes it, and `refuse_names` tells you.
 import asyncio
 import builtins
 import collections
@@ -108,7 +110,7 @@ import os
 import pathlib
 import queue
 import re
-import signal  # again, as `sys`: if you have overwritten it, `refuse_names` sees that by this
+import signal
 import socket
 import sys  # noqa: F811
 import threading
@@ -714,8 +716,7 @@ class Envelope:
         if current.is_valid and not current.is_remote:  # FastAPI's
             request_span.set(current)
             return None
-        # A remote span that is current already is left over: where requests are pipelined, uvicorn serves each in the context
-        # of the one before it.
+        # Uvicorn starts a pipelined request from inside the one before it, so it inherits that one's caller.
         has_wrong_caller = current.is_valid
         headers: dict[str, str] = {}
         for name, value in scope["headers"]:
@@ -725,7 +726,7 @@ class Envelope:
         if not headers and not has_wrong_caller:
             request_span.set(trace.INVALID_SPAN_CONTEXT)
             return None
-        # Without headers, this is a context without a caller.
+        # Without headers, this is a context without a caller, which hides the wrong one.
         context = propagate.extract(headers, trace.set_span_in_context(trace.INVALID_SPAN))
         request_span.set(trace.get_current_span(context).get_span_context())
         return opentelemetry.context.attach(context)
@@ -858,7 +859,7 @@ class EnvelopeResponder:
         values = {name: str(value) for name, value in self.scope["path_params"].items()}  # {tenant: 5, item_id: 7}
         try:
             own = route.path_format.format(**values)  # "/items/7"
-        except (KeyError, IndexError, ValueError):  # of a mount, which ends in "{path}", and that is no parameter
+        except (KeyError, IndexError, ValueError):  # a mount's template ends in "{path}", for which there is no value
             return route.path_format
         path = self.scope["path"].removeprefix(self.root_path)
         if path == own or not path.endswith(own):
@@ -901,11 +902,12 @@ class Overload:
 class BodyLimits(RequestBodyLimitMiddleware):
     """Starlette's limit to the size of a body, answered with 413, and one to its time, answered with 408.
 
-    Either is raised from `receive`, inside of whoever reads the body. Where the app does not read it, the length that is
-    announced is all that is judged, and a 413 takes the place of the app's response.
+    Both are exceptions that `receive` raises. If the app never reads the body, its announced length alone is checked; if that
+    is too large, the client gets 413 instead of the app's response. After the time is over, it gets 408, even if the app has
+    caught the exception and answers something else.
 
-    The time, in seconds, is that between two pieces of the body, and runs only while the service waits for one. A 408 takes
-    the place of what the app makes of it. Either refusal closes the connection. A request without a body costs nothing here.
+    The time, in seconds, is that between two pieces of the body, and runs only while the service waits for one. Either
+    refusal closes the connection. A request without a body costs nothing here.
     """
 
     def __init__(self, app: asgi.ASGIApp, max_body_size: int, timeout: float) -> None:
@@ -983,8 +985,9 @@ class BodyResponder:
         if message["type"] == "http.response.start":
             # Our exception may have become another: `@app.middleware` puts it into a group, which FastAPI answers with 400.
             if self.is_late and message["status"] != 408:
-                await JSONResponse({"detail": "Request Timeout"}, 408)(self.scope, self.receive, self.send_and_close)
-                self.is_replaced = True
+                answer = JSONResponse({"detail": "Request Timeout"}, 408)
+                await answer(self.scope, self.receive, self.send_and_close)  # its status does not come here again
+                self.is_replaced = True  # the app's own messages are dropped from now on
                 return
             self.has_response = True
             is_refusal = self.is_late or message["status"] in {408, 413}
@@ -1075,7 +1078,7 @@ class Http(HttpToolsProtocol):
     uvicorn's version at the head.
     """
 
-    parser: Any  # which uvicorn declares as perhaps None, since it is after the end
+    parser: Any  # uvicorn types it as optional, since it is None after the connection has closed
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -1277,8 +1280,8 @@ class Http(HttpToolsProtocol):
     def wait_for_client(self) -> None:
         """Close the connection if the client does not send in time what is expected next: a request, or a head's rest.
 
-        What is left of a body whose response is complete has the time of an idle connection, or it might never end.
-        Uvicorn's one timer of a connection does both, and the lingering.
+        If the response is complete but the body is not, the rest of the body gets the time of an idle connection. One timer,
+        uvicorn's for idle connections, serves for heads and for lingering, too.
         """
         self._unset_keepalive_if_required()
         is_head = self.reading == "head" and not self.is_lingering
@@ -1446,6 +1449,20 @@ def check_limits(workers: int) -> None:
         refuse_start(SettingError(f"{workers} workers, by WEB_CONCURRENCY or --workers, need {problem}"))
 
 
+def end_process(*_: Any) -> None:
+    """End by the SIGTERM that uvicorn sends itself once more when it has stopped, to the handler that it found.
+
+    A service that has stopped ends with 0, not 143. Its workers, and processes of a pool of yours that import this file, end
+    by the signal, as without a handler: an exception could go from a pool to the service.
+    """
+    if __name__ == "__main__":
+        sys.exit(0)
+    if json_lines:
+        json_lines.flush()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGTERM)
+
+
 def main() -> None:
     """Run the steps before starting, or serve with uvicorn, with JSON on stdout and the protocol's limits."""
     check_limits(uvicorn_options["workers"])  # for the steps before starting, too, or they would run for nothing
@@ -1470,8 +1487,10 @@ def main() -> None:
     uvicorn_options["access_log"] = False  # uvicorn's own lines: those of EnvelopeResponder take their place
     is_alone = uvicorn_options["workers"] == 1 and not uvicorn_options["reload"]
     if uvicorn_options["host"] == "::" and is_alone and uvicorn_options["port"]:
-        # By this, IPv4, too: `::` would be IPv6 alone. Uvicorn itself opens both for workers. Port 0 would be two ports.
+        # None listens on IPv4, too; a single process of uvicorn would listen on IPv6 alone by `::`, while for workers uvicorn
+        # opens both. Not with port 0, since each would get a port of its own.
         uvicorn_options["host"] = None
+    # By the command, which makes what `uvicorn.run` takes of its options; `app_dir=None` leaves `sys.path` as it is.
     click.Context(uvicorn.main).invoke(uvicorn.main, app="__main__:app", app_dir=None, **uvicorn_options)
 
 
@@ -1501,9 +1520,7 @@ app.add_middleware(
 )
 serve_documentation_from_here(app)
 
-# Once uvicorn has stopped, it restores the handler that it found and sends itself SIGTERM again. By this one, a stop that
-# went well ends with 0, not 143.
 if IS_OURS and not uvicorn_options["prestart"]:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, end_process)
 if __name__ == "__main__":
     main()

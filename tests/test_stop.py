@@ -196,9 +196,28 @@ async def start_wait(method: str) -> int:
         for count, method in enumerate(("fork", "spawn"), 1):
             assert httpx.get(f"{process.url}/work/{method}", timeout=60).json() == 0
             assert process.wait_for("the child has worked", count)["logger"] == "child"
-            assert httpx.get(f"{process.url}/wait/{method}", timeout=60).json() in {-signal.SIGTERM, 0}
+            assert httpx.get(f"{process.url}/wait/{method}", timeout=60).json() == -signal.SIGTERM
         assert httpx.get(process.url + "/readyz").status_code == 200
     assert not process.said("Shutting down")
+
+
+def test_sigterm_to_a_process_of_a_pool_ends_its_job_and_not_the_service(variant):
+    source = variant("""
+import multiprocessing, os
+from concurrent.futures import ProcessPoolExecutor
+def work() -> None:
+    print(f"works in {os.getpid()}", flush=True)
+    time.sleep(3600)
+@app.get("/work")
+async def start_work() -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        await asyncio.get_running_loop().run_in_executor(pool, work)
+""")
+    with Process(source=source, DRAIN_SECONDS="3600") as process, ThreadPoolExecutor() as pool:
+        answer = pool.submit(httpx.get, f"{process.url}/work", timeout=60)
+        os.kill(int(process.wait_for("works in")["message"].split()[-1]), signal.SIGTERM)
+        assert answer.result().status_code == 500
+        assert httpx.get(process.url + "/readyz").status_code == 200
 
 
 def test_steps_before_starting_that_are_interrupted_have_not_succeeded(variant):
