@@ -89,8 +89,8 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 # --- The container's side: probes, log, limits, settings, start and stop ---
 
 # A copy of all names so far. At the end of the file, `refuse_names` lists those that the code below has overwritten. Empty
-# where `importlib.reload` runs this file again, since all names are there then.
-YOURS = {} if "YOURS" in globals() else globals().copy()
+# where `importlib.reload` runs this file again, since all names are there then, these two among them.
+YOURS = {} if {"YOURS", "EnvelopeResponder"} <= globals().keys() else globals().copy()
 
 # `signal` and `sys` are imported a second time: where you have overwritten one, this undoes it, and `refuse_names` tells you.
 import asyncio
@@ -102,6 +102,7 @@ import contextvars
 import datetime as dt
 import functools
 import gc
+import inspect
 import io
 import logging
 import logging.config
@@ -821,15 +822,17 @@ class EnvelopeResponder:
     def log(self) -> None:
         if self.is_logged or not self.envelope.has_access_log or not self.logger.isEnabledFor(logging.INFO):
             return
-        if self.is_probe and self.status < 400:
-            return
-        self.is_logged = True
         scope = self.scope
         status = self.status
+        size = 0 if scope["method"] == "HEAD" else self.size
         if REFUSED in scope.get("extensions", ()):
             status = 400
+            size = 0
         elif self.has_left:
             status = 499  # nginx's number for a client that has left
+        if self.is_probe and status < 400:
+            return
+        self.is_logged = True
         message = f"{scope['method']} {urllib.parse.quote(scope['path'])} {status}"
         fields = {
             "http.request.method": scope["method"],
@@ -837,7 +840,7 @@ class EnvelopeResponder:
             "url.path": scope["path"],
             "http.route": self.route(),
             "http.response.status_code": status,
-            "http.response.body.size": 0 if scope["method"] == "HEAD" else self.size,
+            "http.response.body.size": size,
             "http.server.request.duration": round(time.perf_counter() - self.started, 6),
             "client.address": scope["client"][0] if scope.get("client") else None,
         }
@@ -922,18 +925,17 @@ class BodyLimits(RequestBodyLimitMiddleware):
         try:
             # `FastAPI(max_body_size=…)`, which is outside of all middleware, has set a limit: that one holds, not this.
             if MAX_BODY_SIZE_SCOPE_KEY in scope:
-                await self.app(scope, body.receive_in_time, body.send_and_close)
+                await self.app(scope, body.receive_in_time, body.send_from_app)
             else:
-                await super().__call__(scope, body.receive_in_time, body.send_and_close)
-        except (StarletteHTTPException, ExceptionGroup) as error:
+                await super().__call__(scope, body.receive_in_time, body.send_from_app)
+        except Exception as error:
             refusal = self.find_refusal(error)
-            if refusal is None:
-                raise
-            if not body.has_response:
-                answer = JSONResponse({"detail": refusal.detail}, refusal.status_code)
-                await answer(scope, receive, body.send_and_close)
-            elif not body.is_replaced:  # else the client has the whole refusal already
-                raise
+            if not body.has_response and (refusal or body.is_late):
+                await body.refuse(refusal or fastapi.HTTPException(408))
+            if refusal is None or not body.is_refused:
+                raise  # what is no refusal is logged, also if a 408 has led to it
+        if body.is_cut and not body.has_whole_response:
+            raise ClientDisconnect  # by which uvicorn ends the response, without an error in the log
 
     def find_refusal(self, error: Exception) -> StarletteHTTPException | None:
         """The 408 or 413 in an error: each `@app.middleware("http")` on its way puts it into an `ExceptionGroup`."""
@@ -963,7 +965,9 @@ class BodyResponder:
         self.is_whole = False
         self.is_late = False
         self.has_response = False
-        self.is_replaced = False  # the response
+        self.has_whole_response = False
+        self.is_refused = False  # by `refuse`, so that what the app sends from now on is dropped
+        self.is_cut = False  # the body, amid its response
 
     async def receive_in_time(self) -> asgi.Message:
         if self.is_whole:  # what comes next is the end of the client, whenever that is
@@ -977,23 +981,31 @@ class BodyResponder:
             raise fastapi.HTTPException(408)
         address = self.scope["client"][0] if self.scope.get("client") else None
         container_log.warning("The body of a request did not end in time.", extra={"client.address": address})
+        self.is_cut = True
         return {"type": "http.disconnect"}
 
-    async def send_and_close(self, message: asgi.Message) -> None:
-        if self.is_replaced:
+    async def send_from_app(self, message: asgi.Message) -> None:
+        if self.is_refused:
             return
         if message["type"] == "http.response.start":
             # Our exception may have become another: `@app.middleware` puts it into a group, which FastAPI answers with 400.
             if self.is_late and message["status"] != 408:
-                answer = JSONResponse({"detail": "Request Timeout"}, 408)
-                await answer(self.scope, self.receive, self.send_and_close)  # its status does not come here again
-                self.is_replaced = True  # the app's own messages are dropped from now on
+                await self.refuse(fastapi.HTTPException(408))
                 return
             self.has_response = True
-            is_refusal = self.is_late or message["status"] in {408, 413}
-            if is_refusal and is_http1(self.scope):
+            if message["status"] in {408, 413} and is_http1(self.scope):
                 message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
+        elif message["type"] == "http.response.body":
+            self.has_whole_response = not message.get("more_body", False)
         await self.send(message)
+
+    async def refuse(self, refusal: StarletteHTTPException) -> None:
+        """Answer in the place of the app."""
+        self.has_response = True
+        self.is_refused = True
+        headers = {"connection": "close"} if is_http1(self.scope) else None
+        answer = JSONResponse({"detail": refusal.detail}, refusal.status_code, headers)
+        await answer(self.scope, self.receive, self.send)
 
 
 async def internal_server_error(request: Request, error: Exception) -> JSONResponse:
@@ -1052,9 +1064,7 @@ def serve_documentation_from_here(app: fastapi.FastAPI, assets: str = "/static-o
                 route.path, from_here(route.endpoint), name=route.name, include_in_schema=False
             )
     if app.openapi_url and pages:
-        app.routes.insert(
-            0, starlette.routing.Mount(assets, StaticFiles(packages=[("fastapi_offline", "static")]), name="assets")
-        )
+        app.routes.insert(0, starlette.routing.Mount(assets, StaticFiles(packages=[("fastapi_offline", "static")])))
 
 
 # The protocol's limits
@@ -1446,7 +1456,7 @@ def check_limits(workers: int) -> None:
     elif threads is not None and threads < 80 * processes:
         problem = f"{80 * processes} threads, the limit is {threads} threads"
     if problem:
-        refuse_start(SettingError(f"{workers} workers, by WEB_CONCURRENCY or --workers, need {problem}"))
+        refuse_start(SettingError(f"WEB_CONCURRENCY={workers} or --workers {workers} needs {problem}"))
 
 
 def end_process(*_: Any) -> None:
@@ -1463,16 +1473,22 @@ def end_process(*_: Any) -> None:
     signal.raise_signal(signal.SIGTERM)
 
 
+def take_steps_before_starting() -> None:
+    steps: Any = prestart()
+    if inspect.iscoroutine(steps):  # yours is an `async def`
+        asyncio.run(steps)
+    elif inspect.isgenerator(steps) or inspect.isasyncgen(steps):
+        refuse_start(TypeError("prestart: a `yield` in it keeps its steps from running"))
+
+
 def main() -> None:
     """Run the steps before starting, or serve with uvicorn, with JSON on stdout and the protocol's limits."""
     check_limits(uvicorn_options["workers"])  # for the steps before starting, too, or they would run for nothing
     level = LOG_LEVELS[uvicorn_options["log_level"]]
     LOGGING_CONFIG["root"]["level"] = level
+    logging.getLogger().setLevel(level)  # until uvicorn sets it by its configuration
     if uvicorn_options["prestart"]:
-        logging.getLogger().setLevel(level)
-        steps: Any = prestart()
-        if asyncio.iscoroutine(steps):  # yours is an `async def`
-            asyncio.run(steps)
+        take_steps_before_starting()
         return
     del uvicorn_options["prestart"]  # the rest are uvicorn's
     if uvicorn_options["http"] in {"auto", "httptools"}:

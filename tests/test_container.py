@@ -103,8 +103,8 @@ def take_steps_before_starting(image: Image, workers: int, *flags: str) -> tuple
     return result.returncode, json.loads(result.stdout)["message"] if result.stdout else ""
 
 
-MEMORY = "3 workers, by WEB_CONCURRENCY or --workers, need 200 MB, the limit is 199 MB"
-THREADS = "3 workers, by WEB_CONCURRENCY or --workers, need 320 threads, the limit is 256 threads"
+MEMORY = "WEB_CONCURRENCY=3 or --workers 3 needs 200 MB, the limit is 199 MB"
+THREADS = "WEB_CONCURRENCY=3 or --workers 3 needs 320 threads, the limit is 256 threads"
 
 
 @pytest.mark.parametrize(

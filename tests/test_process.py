@@ -47,6 +47,13 @@ def test_steps_before_starting_take_options_as_the_service_does():
 
 
 @pytest.mark.parametrize("definition", ["def", "async def"])
+def test_steps_before_starting_that_would_not_run_have_not_succeeded(variant, definition):
+    process = Process("--prestart", source=variant(f"{definition} prestart():\n    yield"))
+    assert process.end() == 1
+    assert [line["message"] for line in process.lines] == ["prestart: a `yield` in it keeps its steps from running"]
+
+
+@pytest.mark.parametrize("definition", ["def", "async def"])
 @pytest.mark.parametrize(("level", "said"), [("debug", ["debug", "info", "warning"]), ("warning", ["warning"])])
 def test_steps_before_starting_log_at_their_level_and_may_be_async(variant, definition, level, said):
     code = f"""
@@ -80,6 +87,9 @@ def test_other_protocol_says_at_the_start_which_limits_do_not_hold():
     with Process("--http", "h11") as process:
         assert httpx.get(process.url).status_code == 200
     assert process.wait_for("--http h11")["level"] == "warning"
+    with Process("--http", "h11", LOG_LEVEL="error", DRAIN_SECONDS="0") as process:
+        process.terminate()
+    assert not process.lines
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -467,10 +467,22 @@ ITEM_AND_MOUNT = """
 async def post_item(item: Item) -> Item:
     return item
 
+@app.post("/echo")
+async def echo(request: Request) -> StreamingResponse:
+    return StreamingResponse(request.stream())
+
 other = FastAPI()
 other.middleware("http")(stamp)
 other.post("/size")(read_size)
 app.mount("/other", other)
+"""
+RAISES = """
+@app.post("/raises/{what}")
+async def raise_after_the_body(request: Request, what: str) -> None:
+    try:
+        await request.body()
+    except HTTPException as error:
+        raise LookupError(what) from error
 """
 
 
@@ -494,17 +506,42 @@ def test_own_middleware_keeps_refusals_of_a_body_what_they_are(limited, headers)
     assert post(iter([bytes(600)] * 2)).status_code == 413  # in chunks, without a length
 
 
+def begin_upload(process: Process, path: str, **headers: str) -> bytes:
+    """Send a part of a body; what comes until the end of the connection."""
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    with socket.create_connection(("127.0.0.1", urlsplit(process.url).port), 60) as connection:
+        connection.sendall(f"POST {path} HTTP/1.1\r\nHost: a\r\n{head}Content-Length: 10\r\n\r\n123".encode())
+        with connection.makefile("rb") as file:
+            return file.read()
+
+
 @pytest.mark.parametrize("path", ["/size", "/item", "/other/size"])
 @pytest.mark.parametrize("headers", [{}, {"Reads-First": "yes"}], ids=["passes it on", "reads it first"])
 def test_body_that_stops_is_a_408_whatever_is_on_its_way(limited, path, headers):
     """Whoever reads it: the operation, FastAPI for it, or an app that is mounted."""
-    with socket.create_connection(("127.0.0.1", urlsplit(limited.url).port), 60) as connection:
-        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        connection.sendall(f"POST {path} HTTP/1.1\r\nHost: service\r\n{head}Content-Length: 10\r\n\r\n".encode())
-        with connection.makefile("rb") as file:
-            answer = file.read()
+    answer = begin_upload(limited, path, **headers)
     assert (answer[:13], b"\r\nconnection: close" in answer) == (b"HTTP/1.1 408 ", True)
     assert answer.endswith(b'{"detail":"Request Timeout"}')
+
+
+def test_stream_of_a_body_that_stops_is_cut_and_no_error(variant):
+    source = variant(ITEM_AND_MOUNT.replace("stamp", "lambda request, call_next: call_next(request)"))
+    with Process(source=source, CLIENT_BODY_TIMEOUT="1", DRAIN_SECONDS="0") as process:
+        answer = begin_upload(process, "/echo")
+        process.terminate()
+    assert answer[:13] == b"HTTP/1.1 200 "
+    assert not answer.endswith(b"\r\n0\r\n\r\n")
+    assert {line["level"] for line in process.lines} == {"info", "warning"}
+
+
+def test_exception_that_an_operation_makes_of_a_408_is_logged_behind_it(variant):
+    source = variant("from fastapi import HTTPException" + RAISES)
+    with Process(source=source, CLIENT_BODY_TIMEOUT="1", DRAIN_SECONDS="0") as process:
+        answer = begin_upload(process, "/raises/this")
+        process.terminate()
+    assert answer[:13] == b"HTTP/1.1 408 "
+    assert [line["exception.type"] for line in process.lines if "exception.type" in line] == ["LookupError"]
+    assert process.said("POST /raises/this 408")
 
 
 TEXT_FOR_BYTES = """
@@ -554,7 +591,9 @@ def test_names_of_a_service_stay_what_it_has_made_them(variant):
         assert httpx.get(process.url + "/names").json() == ["shop", "7", "a", "1 day, 0:00:00", "1"]
 
 
-@pytest.mark.parametrize("names", ["Lifecycle, json_lines, main", "list, dict, str, type, isinstance", "signal, sys"])
+@pytest.mark.parametrize(
+    "names", ["YOURS, Lifecycle, json_lines, main", "list, dict, str, type, isinstance", "signal, sys"]
+)
 def test_names_that_the_containers_side_has_taken_are_told_and_end_the_start(variant, names):
     process = Process(source=variant(f"{names.replace(',', ' =')} = lambda *_: 0"))
     assert process.end() == 1

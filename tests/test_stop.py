@@ -18,16 +18,16 @@ def test_sigterm_makes_unready_at_once_but_serves_through_the_drain(workers, kil
     with Process("--workers", workers, DRAIN_SECONDS="2") as process, httpx.Client(base_url=process.url) as open_one:
         process.wait_for("Application startup complete", int(workers))
         open_one.get("/")
+        start = time.monotonic()
         kill(process.popen.pid, signal.SIGTERM)
         wait_until(lambda: httpx.get(process.url + "/readyz").status_code == 503)
-        start = time.monotonic()
         assert httpx.get(process.url + "/livez").status_code == 200
         last = open_one.get("/")
         assert (last.status_code, last.headers["connection"]) == (200, "close")
         assert httpx.get(process.url + "/").status_code == 200
         process.wait_for("GET /readyz 503")  # a probe that fails is worth a line
         process.end()
-        assert time.monotonic() - start > 1
+        assert time.monotonic() - start > 2
     assert len(process.said("Shutting down in 2 s")) == int(workers)
     assert len(process.said("Finished server process")) == int(workers)
 
@@ -38,11 +38,10 @@ def test_workers_of_uvicorns_own_command_drain_too_where_the_whole_group_gets_si
     arguments = ("main:app", "--port", port, "--workers", "2")
     with Process(*arguments, command=command, source=frozen().parent, PORT=port, DRAIN_SECONDS="2") as process:
         process.wait_for("Application startup complete", 2)
-        os.killpg(process.popen.pid, signal.SIGTERM)
-        wait_until(lambda: httpx.get(process.url + "/readyz").status_code == 503)
         start = time.monotonic()
+        os.killpg(process.popen.pid, signal.SIGTERM)
         process.end()
-        assert time.monotonic() - start > 1
+        assert time.monotonic() - start > 2
 
 
 def test_second_sigterm_ends_the_drain():

@@ -115,12 +115,14 @@ def test_refusal_names_its_cause_after_an_upgrade_that_was_not_taken_as_well(pat
     assert first["cause"] == second["cause"] != ""
 
 
-def test_refusal_amid_a_body_is_logged_as_the_400_that_its_client_got(patient):
-    count = len(patient.said("POST /size 400"))
+@pytest.mark.parametrize("line", ["POST /size", "POST /nowhere", "GET /livez"])
+def test_refusal_amid_a_body_is_logged_as_the_400_that_its_client_got(patient, line):
+    """Whether the service reads it, has another answer without it, or it is a probe."""
+    count = len(patient.said(f"{line} 400"))
     with Client(patient) as client:
-        client.send(request(b"POST /size HTTP/1.1", b"Transfer-Encoding: chunked", body=b"x\r\n"))
+        client.send(request(f"{line} HTTP/1.1".encode(), b"Transfer-Encoding: chunked", body=b"x\r\n"))
         assert client.statuses() == [400]
-    patient.wait_for("POST /size 400", count + 1)
+    assert patient.wait_for(f"{line} 400", count + 1)["http.response.body.size"] == 0
 
 
 def test_bad_chunk_amid_the_response_to_it_ends_that(patient):
