@@ -25,8 +25,8 @@ from pydantic import BaseModel, Field
 # Add routes, models, middleware and exception handlers below `app`. The second part of the file wraps them. If you define a
 # name that the second part uses, or one of Python's such as `list`, the service refuses to start and says which. A package
 # that you import goes into the dependencies at the head; `make lock` then writes requirements.txt.
-# `settings` has no value yet at this point. So a middleware that needs one is added near the end of the file, where the other
-# calls of `app.add_middleware` are.
+# `settings` has no value yet at this point. So a middleware that needs one is added near the end of the file, where the
+# other calls of `app.add_middleware` are.
 
 
 class Settings(BaseModel):
@@ -60,7 +60,7 @@ app = FastAPI(
     title="Items",
     version="1.0.0",
     lifespan=lifespan,
-    # Leaves probes out of the traces that FastAPI exports where OpenTelemetry is set up. It is a lambda, because
+    # Where OpenTelemetry is set up, FastAPI itself exports traces; this leaves probes out of them. It is a lambda, because
     # `is_probe` is defined further down.
     telemetry={"exclude": lambda scope: is_probe(scope)},
 )
@@ -89,10 +89,10 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 # --- The container's side: probes, log, limits, settings, start and stop ---
 
 # A copy of all names so far. At the end of the file, `refuse_names` lists those that the code below has overwritten. Empty
-# where `importlib.reload` runs this file again, since all names are there then, these two among them.
+# where `importlib.reload` runs this file again, since all names are there then: two are asked for, as one may be yours.
 YOURS = {} if {"YOURS", "EnvelopeResponder"} <= globals().keys() else globals().copy()
 
-# `signal` and `sys` are imported a second time: where you have overwritten one, this undoes it, and `refuse_names` tells you.
+# `signal` and `sys` are imported a second time: where you have overwritten one, this undoes it, and `refuse_names` says so.
 import asyncio
 import builtins
 import collections
@@ -225,7 +225,7 @@ class JsonLines:
             return
         data = self.encode(line)
         size = len(data)
-        self.added += size  # safe without a lock: CPython changes threads at calls and loops alone, and here is none
+        self.added += size  # safe without a lock: CPython changes threads at calls and loops, and this line has neither
         self.lines.append(data)
         becomes_much = waiting <= self.MUCH < waiting + size
         if self.is_asleep or becomes_much:
@@ -242,12 +242,13 @@ class JsonLines:
         reported = 0
         while True:
             self.is_asleep = True
-            # A line that is added just now is seen here, or its `add` sees `is_asleep` and raises an alarm.
+            # A line that is added just now is seen here, or its `add` sees `is_asleep` and raises an alarm. One alarm too
+            # many only ends the pause below early.
             if not self.lines:
                 self.alarms.get()
             self.is_asleep = False
             with contextlib.suppress(queue.Empty):
-                self.alarms.get(timeout=0.05)  # time for more lines to come; ended early where much waits
+                self.alarms.get(timeout=0.05)  # a pause, in which more lines come; an alarm ends it, since much waits
             data = b"".join([self.lines.popleft() for _ in range(len(self.lines))])
             self.write(data)
             lost = self.lost - reported
@@ -714,7 +715,7 @@ class Envelope:
         Returns the token with which the caller's span is left again.
         """
         current = trace.get_current_span().get_span_context()
-        if current.is_valid and not current.is_remote:  # FastAPI's
+        if current.is_valid and not current.is_remote:  # FastAPI has started it, outside of all middleware
             request_span.set(current)
             return None
         # Uvicorn starts a pipelined request from inside the one before it, so it inherits that one's caller.
@@ -892,6 +893,7 @@ class Overload:
             await self.app(scope, receive, send)
             return
         if self.running[kind] >= self.limits[kind]:
+            # For a WebSocket, Starlette makes of it the answer to the handshake.
             refusal = JSONResponse({"detail": "Too many requests at once"}, 503, {"Retry-After": "1"})
             await refusal(scope, receive, send)
             return
@@ -930,10 +932,12 @@ class BodyLimits(RequestBodyLimitMiddleware):
                 await super().__call__(scope, body.receive_in_time, body.send_from_app)
         except Exception as error:
             refusal = self.find_refusal(error)
+            # A client without a response gets the refusal, or a 408 for another exception that the late body has led to.
             if not body.has_response and (refusal or body.is_late):
                 await body.refuse(refusal or fastapi.HTTPException(408))
+            # A refusal that the client has got ends here. Anything else goes on, and is logged.
             if refusal is None or not body.is_refused:
-                raise  # what is no refusal is logged, also if a 408 has led to it
+                raise
         if body.is_cut and not body.has_whole_response:
             raise ClientDisconnect  # by which uvicorn ends the response, without an error in the log
 
@@ -1138,7 +1142,7 @@ class Http(HttpToolsProtocol):
             self.limit_head()
 
     def limit_head(self) -> None:
-        """Start the time of a head that has not come whole at once, unless it runs since the first of its bytes.
+        """Start the time of a head that has not come whole at once, with its first bytes; later ones do not renew it.
 
         While a response is due, a head has no time: `on_response_complete` starts it then.
         """
@@ -1460,10 +1464,10 @@ def check_limits(workers: int) -> None:
 
 
 def end_process(*_: Any) -> None:
-    """End by the SIGTERM that uvicorn sends itself once more when it has stopped, to the handler that it found.
+    """Handle SIGTERM after the stop: uvicorn restores this handler, which it found at its start, and raises SIGTERM again.
 
-    A service that has stopped ends with 0, not 143. Its workers, and processes of a pool of yours that import this file, end
-    by the signal, as without a handler: an exception could go from a pool to the service.
+    The service ends with 0, not 143. Its workers, and the processes of a pool of yours, which import this file, end as they
+    would without a handler: a `sys.exit` in a pool's process could be passed back to the service as the result of its task.
     """
     if __name__ == "__main__":
         sys.exit(0)

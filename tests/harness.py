@@ -301,6 +301,8 @@ class Image:
         """A container with these arguments and flags of the engine, whose port is published on 127.0.0.1."""
         outside = free_port()
         publish = () if "--network=none" in flags else (f"--publish=127.0.0.1:{outside}:{port}",)
+        if self.engine == "podman":  # as Docker has it by itself: who is not root may listen on port 80
+            publish += ("--sysctl=net.ipv4.ip_unprivileged_port_start=0",)
         id_ = run(self.engine, "run", "--detach", *STRICT, *publish, *self.flags, *flags, self.name, *arguments)
         container = Container(self.engine, id_, f"http://127.0.0.1:{outside}")
         try:
