@@ -56,7 +56,7 @@ RUN ! grep --quiet $'\r' /tmp/sitecustomize.py || { echo "The Dockerfile has CRL
 RUN <<EOF
 cd /usr/local/lib/python3.??
 rm -r config-* curses ensurepip idlelib pydoc_data tkinter turtle* venv _pydatetime.py _pydecimal.py _pyio.py
-rm -r lib-dynload/{*_test*,*xx*,_curses*,_tkinter*} site-packages/{pip,pip-*} /usr/local/bin/{idle,pip,pydoc,python*-config}*
+rm -r lib-dynload/{*_test*,*xx*,_curses*,_tkinter*} site-packages/{pip,pip-*} /usr/local/bin/{{idle,pip,pydoc}{,3,3.??},python*-config}
 if [ -d profiling ]; then
     rm -r profiling/sampling/{live_collector,_heatmap_assets}
     mv profiling/sampling/_assets/{python-logo-only,tachyon-logo}.png
@@ -94,26 +94,30 @@ EOF
 
 # The root of the image: Python and the programs of packages; the Debian libraries that `ldd` names for these and for
 # each extension; what the C library reads about users, names, time zones and certificates; and which Debian packages
-# all this is from, for scanners to find. A new volume at /data belongs to the image's user, as this folder does.
+# all this is from, for scanners to find. What a package has put elsewhere below /usr/local, such as in share, comes along. A
+# new volume at /data belongs to the image's user, as this folder does.
 RUN <<EOF
 python=$(echo /usr/local/lib/python3.??)
+sed -n 's|^"\?\(\.\./\.\./[^,"]*\).*|\1|p' "$python"/site-packages/*.dist-info/RECORD > /recorded
+mapfile -t elsewhere < <(sed "s|^|$python/site-packages/|" /recorded | xargs -r realpath | grep -v '^/usr/local/bin/')
 mkdir -p /image/etc /image/var/lib/dpkg/status.d
 install -d -m 1777 /image/tmp
 install -d -o 65532 -g 65532 /image/data
-cp -a --parents /usr/local/bin/* "$python" /image
+cp -a --parents /usr/local/bin/* "$python" "${elsewhere[@]}" /image
 
-find /usr/local/bin "$python" -type f \( -name '*.so*' -o -perm -1 \) | while read -r file; do
+find /usr/local/bin "$python" "${elsewhere[@]}" -type f \( -name '*.so*' -o -perm -1 \) | while read -r file; do
     IFS= LC_ALL=C read -rN4 magic < "$file" && [ "$magic" = $'\x7fELF' ] || continue
     ldd "$file" 2>&1 || echo "$file is for another kind of machine, or needs no library." >&2
 done > /ldd
 sed -n 's/^\s*\(\S*\) => not found$/\1/p; /version .* not found/p' /ldd | sort -u | while read -r library; do
-    [ -n "$(find "$python" -name "$library")" ] || { echo "A package needs $library, which is not here: \
+    [ -n "$(find "$python" "${elsewhere[@]}" -name "$library")" ] || { echo "A package needs $library, which is not here: \
 install the Debian package that has it, where binutils is installed." >&2; exit 1; }
 done
 
 printf '%s\n' /etc/ld.so.conf /etc/ld.so.conf.d /etc/os-release /etc/protocols /etc/services /sbin/ldconfig \
     /usr/share/zoneinfo > /files
-sed -n 's/.*\s\(\/.*\) (0x.*/\1/p' /ldd | grep -v -e "^$python/" -e '^/usr/local/lib/libpython3' >> /files
+sed -n 's/.*\s\(\/.*\) (0x.*/\1/p' /ldd | grep -v -e "^$python/" -e '^/usr/local/lib/libpython3' |
+    grep -vxFf <(printf '%s\n' "${elsewhere[@]}") >> /files
 xargs realpath < /files | xargs dpkg --search | cut -d: -f1 > /packages
 for package in $(sort -u /packages) ca-certificates; do
     dpkg --status "$package" > "/image/var/lib/dpkg/status.d/$package"
@@ -249,7 +253,7 @@ for module, packages in ours.items():
     except ModuleNotFoundError as error:
         if error.name != module and error.name.partition(".")[0] in {*ours, *sys.stdlib_module_names}:
             sys.exit(f"{packages[0]} cannot be imported in this image: {error}")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         sys.exit(f"{packages[0]} cannot be imported in this image: {error!r}")
 EOF
 

@@ -1,5 +1,5 @@
-# Knobs, for the command line or the environment: `make run PORT=9000`. A copy of this project has a NAME of its own.
-NAME        ?= fastapi-container
+# Knobs, for the command line or the environment: `make run PORT=9000`. A copy has a NAME of its own: WSL's is its host's.
+NAME         = fastapi-container
 IMAGE       ?= $(NAME)
 ENGINE      ?= $(eval ENGINE := $(shell for e in docker podman; do $$e info >/dev/null 2>&1 && echo $$e && break; done))$(ENGINE)
 PORT        ?= 8000

@@ -88,8 +88,9 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 
 # --- The container's side: probes, log, limits, settings, start and stop ---
 
-# A copy of all names so far. At the end of the file, `refuse_names` lists those that the code below has overwritten. Empty
-# where `importlib.reload` runs this file again, since all names are there then: two are asked for, as one may be yours.
+# A copy of all names so far. At the end of the file, `refuse_names` lists those that the code below has overwritten. After
+# `importlib.reload` all names of the first run are still there, and would all seem yours: then this is empty. A reload is
+# recognised by two names of what follows, since a single one might be yours.
 YOURS = {} if {"YOURS", "EnvelopeResponder"} <= globals().keys() else globals().copy()
 
 # `signal` and `sys` are imported a second time: where you have overwritten one, this undoes it, and `refuse_names` says so.
@@ -718,18 +719,17 @@ class Envelope:
         if current.is_valid and not current.is_remote:  # FastAPI has started it, outside of all middleware
             request_span.set(current)
             return None
-        # Uvicorn starts a pipelined request from inside the one before it, so it inherits that one's caller.
-        has_wrong_caller = current.is_valid
         headers: dict[str, str] = {}
         for name, value in scope["headers"]:
             if name in TRACE_HEADERS:
                 key, text = name.decode(), value.decode("latin-1")
                 headers[key] = f"{headers[key]},{text}" if key in headers else text
-        if not headers and not has_wrong_caller:
+        # Uvicorn starts a pipelined request from inside the one before it: a context that is not empty is that one's, and one
+        # of this request's caller, or of nobody, takes its place.
+        if not headers and not opentelemetry.context.get_current():
             request_span.set(trace.INVALID_SPAN_CONTEXT)
             return None
-        # Without headers, this is a context without a caller, which hides the wrong one.
-        context = propagate.extract(headers, trace.set_span_in_context(trace.INVALID_SPAN))
+        context = propagate.extract(headers, opentelemetry.context.Context())
         request_span.set(trace.get_current_span(context).get_span_context())
         return opentelemetry.context.attach(context)
 
@@ -935,7 +935,7 @@ class BodyLimits(RequestBodyLimitMiddleware):
             # A client without a response gets the refusal, or a 408 for another exception that the late body has led to.
             if not body.has_response and (refusal or body.is_late):
                 await body.refuse(refusal or fastapi.HTTPException(408))
-            # A refusal that the client has got ends here. Anything else goes on, and is logged.
+            # Here ends a refusal that `refuse` has sent. Any other error, and a refusal that came amid a response, goes on.
             if refusal is None or not body.is_refused:
                 raise
         if body.is_cut and not body.has_whole_response:
@@ -1295,23 +1295,23 @@ class Http(HttpToolsProtocol):
         """Close the connection if the client does not send in time what is expected next: a request, or a head's rest.
 
         If the response is complete but the body is not, the rest of the body gets the time of an idle connection. One timer,
-        uvicorn's for idle connections, serves for heads and for lingering, too.
+        uvicorn's for idle connections, serves for heads and for lingering, too. A new connection has the time of a head.
         """
         self._unset_keepalive_if_required()
-        is_head = self.reading == "head" and not self.is_lingering
+        is_head = (self.reading == "head" or self.cycle is None) and not self.is_lingering
         seconds = server_settings.client_header_timeout if is_head else self.timeout_keep_alive
         self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
 
     def timeout_keep_alive_handler(self) -> None:
         if self.reading != "nothing" and not self.is_lingering:
             self.warn(f"The {self.reading} of a request did not end in time.")
+        self.flush()
         super().timeout_keep_alive_handler()
 
     def on_response_complete(self) -> None:
         self.unanswered.popleft()
-        was_last = not self.pipeline
         super().on_response_complete()  # begins the next request of the pipeline, or sets the timer of an idle connection
-        if self.is_refused and was_last:
+        if self.is_refused and self.has_answered():
             self.loop.call_soon(self.linger)  # after the turn's end, when the `Outbox` has sent this response
         elif self.reading == "head" and self.has_answered():
             self.wait_for_client()  # for the rest of a head: in the place of uvicorn's timer
@@ -1536,10 +1536,12 @@ app.add_middleware(
     lifecycle=Lifecycle(0 if is_reloading() else server_settings.drain_seconds),
     headers=SAFE_HEADERS,
     has_access_log=uvicorn_options.get("access_log", True),
+    # By None, `--log-config` decides on these lines, too.
     lines=None if uvicorn_options.get("log_config") else json_lines,
 )
 serve_documentation_from_here(app)
 
+# Not for the steps before starting: cut short by SIGTERM, they end with 143, by the handler at the head.
 if IS_OURS and not uvicorn_options["prestart"]:
     signal.signal(signal.SIGTERM, end_process)
 if __name__ == "__main__":

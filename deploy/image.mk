@@ -1,5 +1,5 @@
 # For another platform than this machine's; and files that pip reads during the build and no layer holds:
-# `make build NETRC=~/.netrc PIP_CONF=pip.conf CA_CERT=ca.pem`.
+# `make build NETRC=$HOME/.netrc PIP_CONF=pip.conf CA_CERT=ca.pem`.
 PLATFORM    ?=
 SECRETS      = $(foreach name,NETRC PIP_CONF CA_CERT,$(addprefix --secret src=,$(addsuffix $(COMMA)id=$(name),$($(name)))))
 COMMA       := ,
@@ -36,7 +36,7 @@ profile: engine ## Sample the running service for SECONDS: its CPU time, as text
 	@$(ENGINE) run --rm --network none $(BESIDE) $(SAMPLE) --mode cpu $(PROCESS)
 	@$(ENGINE) rm --force $(NAME)-profile >/dev/null 2>&1; \
 	$(ENGINE) run --name $(NAME)-profile --network none $(BESIDE) $(SAMPLE) --flamegraph --output /tmp/profile.html $(PROCESS) && \
-	$(ENGINE) cp $(NAME)-profile:/tmp/profile.html $(PROFILE); $(ENGINE) rm $(NAME)-profile >/dev/null
+	$(ENGINE) cp $(NAME)-profile:/tmp/profile.html $(PROFILE); status=$$?; $(ENGINE) rm $(NAME)-profile >/dev/null; exit $$status
 
 debug: engine ## Attach Python's debugger to the running service, which stands still meanwhile; `q` lets it run on
 	@$(FOUND)
@@ -55,9 +55,9 @@ release: base .venv/ready ## Build twice from nothing for PLATFORMS, compare, pu
 	@for try in 1 2; do \
 	    $(BUILD) --no-cache --platform $(PLATFORMS) $(ATTEST) --metadata-file .venv/$$try.json --output $(PUSH) . && \
 	    $(ENGINE) buildx imagetools inspect --format '$(IMAGES)' $(PUSHED) >.venv/$$try.txt || exit; done
-	@cmp .venv/1.txt .venv/2.txt && try=1 && echo $(PUSHED)
+	@test -s .venv/1.txt && cmp .venv/1.txt .venv/2.txt && try=1 && echo $(PUSHED)
 
-check-packages: .venv/ready ## Build, import and use forty packages in the image, and write docs/packages.md; takes minutes
+check-packages: .venv/ready ## Build, import and use 57 packages in the image, and write docs/packages.md; takes minutes
 	@$(PYTEST) tests/check_packages.py
 
 check-arm64: .venv/ready ## Build the image for arm64 and test it there, by emulation where this machine is another

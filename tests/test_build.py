@@ -103,6 +103,8 @@ def index(tmp_path):
     wheel.parent.mkdir(parents=True)
     with zipfile.ZipFile(wheel, "w") as package:
         package.writestr("private.py", "ANSWER = 42\n")
+        package.writestr("private-1.0.data/data/share/private/text", "42")
+        package.writestr("private-1.0.data/scripts/pip-private", "#!python\n")
         package.writestr("private-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: private\nVersion: 1.0\n")
         package.writestr(
             "private-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -147,8 +149,9 @@ def test_private_index_with_a_password_and_an_authority_of_its_own_leaves_no_tra
     status, output = make("build", *knobs, f"NETRC={tmp_path}/netrc", folder=folder)
     assert status == 0, output
     assert PASSWORD not in output
-    answer = run(engine, "run", "--rm", "--entrypoint=python", name, "-c", "import private; print(private.ANSWER)")
-    assert answer == "42"
+    code = "import private; print(private.ANSWER, *map(open, ('../share/private/text', 'pip-private')))"
+    answer = run(engine, "run", "--rm", "--workdir=/usr/local/bin", "--entrypoint=python", name, "-c", code)
+    assert answer.startswith("42 ")  # with all that its wheel has
     run(engine, "save", "--output", tmp_path / "image.tar", name)
     certificate = (tmp_path / "ca.pem").read_bytes().splitlines()[1]
     found = [

@@ -340,8 +340,7 @@ def test_compose_loses_no_request_when_it_is_under_load_and(event, stack):
         for action in (lambda _: None, event):
             await asyncio.to_thread(action, stack)
             target = load.answered + RATE
-            while load.answered < target:
-                await asyncio.sleep(0.02)
+            await asyncio.to_thread(wait_until, lambda target=target: load.answered >= target)
         load.over = True
 
     load = Clients(stack.url)

@@ -68,7 +68,7 @@ def test_new_service_is_a_copy_one_name_a_route_and_its_test(engine, folder):
     """As the README has it, typed."""
     name, port = f"{NAME}-books", free_port()
     makefile, main, tests = (folder / file for file in ("Makefile", "main.py", "test_main.py"))
-    makefile.write_text(re.sub(r"^(NAME +\?= ).*", rf"\g<1>{name}", makefile.read_text(), count=1, flags=re.MULTILINE))
+    makefile.write_text(re.sub(r"^(NAME += ).*", rf"\g<1>{name}", makefile.read_text(), count=1, flags=re.MULTILINE))
     main.write_text(main.read_text().replace(CONTAINER, ROUTE.lstrip() + CONTAINER))
     tests.write_text(tests.read_text() + TEST)
     try:

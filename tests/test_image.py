@@ -163,7 +163,7 @@ def test_image_names_itself(image):
     with image.container(ready=False) as container:
         labels = container.inspect("Config.Labels")
     label = {name.removeprefix("org.opencontainers.image."): value for name, value in labels.items()}
-    assert label["title"] == "fastapi-container"
+    assert label["title"] == re.findall(r"^NAME += (.*)", (HERE / "Makefile").read_text(), re.MULTILINE)[0]
     assert label["version"] == main.app.version
     assert label["licenses"] == "MIT-0"
     assert label["revision"].removesuffix("-dirty") == run("git", "rev-parse", "HEAD", cwd=HERE)

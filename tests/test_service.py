@@ -244,6 +244,17 @@ def test_what_the_caller_says_of_its_trace_reaches_the_app(usual):
     assert httpx.get(usual.url + "/caller").json() == {"carried": {}, "customer": None}
 
 
+@pytest.mark.parametrize("header", ["", f"traceparent: {TRACEPARENT}\r\n"])
+def test_what_a_caller_hands_over_does_not_leak_to_the_next_request_in_a_pipeline(usual, header):
+    with socket.create_connection(("127.0.0.1", urlsplit(usual.url).port)) as connection:
+        first = f"GET /caller HTTP/1.1\r\nHost: a\r\n{header}baggage: customer=x\r\n\r\n"
+        second = f"GET /caller HTTP/1.1\r\nHost: a\r\n{header}Connection: close\r\n\r\n"
+        connection.sendall(first.encode() + second.encode())
+        with connection.makefile("rb") as file:
+            answers_ = file.read().decode()
+    assert re.findall('"customer":("x"|null)', answers_) == ['"x"', "null"]
+
+
 @pytest.mark.parametrize(
     ("path", "route"),
     [

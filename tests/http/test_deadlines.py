@@ -19,17 +19,17 @@ def test_upload_that_the_service_reads_slowly_is_whole(short_body, short_idle):
 def test_upload_longer_than_each_deadline_is_whole_while_bytes_arrive(short_body, short_idle, short_head):
     def upload(process: Process) -> bytes:
         with Client(process) as client:
-            head = request(b"POST /count/ HTTP/1.1", b"Content-Length: 8")
+            head = request(b"POST /count/ HTTP/1.1", b"Content-Length: 12")
             client.send(*(bytes([byte]) for byte in head))
             client.head()
             client.chunk()
-            for _ in range(8):
-                threading.Event().wait(0.25)  # a client that sends slowly is what this is about
+            for _ in range(12):
+                threading.Event().wait(0.1)  # a client that sends slowly is what this is about
                 client.send(b"x")
             return client.chunk()
 
     with ThreadPoolExecutor(3) as pool:
-        assert [*pool.map(upload, (short_body, short_idle, short_head))] == [b"8"] * 3
+        assert [*pool.map(upload, (short_body, short_idle, short_head))] == [b"12"] * 3
 
 
 def test_upload_that_stops_gets_a_408_and_the_end(short_body):
@@ -98,15 +98,23 @@ def test_half_a_head_ends_no_response_before_it(short_head):
         assert client.statuses() == [200]
 
 
-def test_idle_connection_ends_in_time_without_a_record(short_idle):
-    """Whether nothing comes, an empty line, or a whole request."""
-    start = short_idle.mark()
-    with ExitStack() as stack:
-        clients = [stack.enter_context(Client(short_idle)) for _ in range(3)]
-        for client, before in zip(clients, (b"", b"\r\n", GET), strict=True):
-            client.send(before)
-        assert [client.statuses() for client in clients] == [[], [], [200]]
-    assert [line["message"] for line in short_idle.since(start)] == ["GET /items/5 200"]
+def test_idle_connection_ends_in_time_without_a_record(short_idle, short_head):
+    """A new one, whether nothing comes or an empty line, in the time of a head."""
+    starts = short_idle.mark(), short_head.mark()
+    with Client(short_idle) as used, Client(short_head) as silent, Client(short_head) as other:
+        used.send(GET)
+        other.send(b"\r\n")
+        assert [client.statuses() for client in (used, silent, other)] == [[200], [], []]
+    assert [line["message"] for line in short_idle.since(starts[0])] == ["GET /items/5 200"]
+    assert short_head.since(starts[1]) == []
+
+
+def test_new_connection_is_served_where_no_connection_is_kept():
+    with Process("--timeout-keep-alive", "0", DRAIN_SECONDS="0") as process, Client(process) as client:
+        for _ in range(3):
+            assert get(process, "/items/5")
+        client.send(GET)
+        assert client.statuses() == [200]
 
 
 def test_client_that_leaves_amid_its_upload_is_a_499_and_no_error(patient):
