@@ -87,6 +87,22 @@ def check_contract(url: str) -> None:
     run(*command, cwd=HERE, env=os.environ | {"URL": url})
 
 
+# What makes the gate fail when it is exceeded: MB unpacked and compressed. On arm64 the same libraries take more.
+SIZES = {
+    "x86_64": {"3.15": (75.5, 24.8), "3.14": (75.0, 25.0)},
+    "aarch64": {"3.15": (80.0, 26.0), "3.14": (80.0, 26.0)},
+}
+
+
+def check_size(image: "Image", archive: Path) -> None:
+    code = "import os; print(os.uname().machine)"
+    machine = run(image.engine, "run", "--rm", *image.flags, "--entrypoint=python", image.name, "-c", code)
+    sizes = archive.stat().st_size / 1e6, int(run("sh", "-c", f"gzip -6 < {archive} | wc -c")) / 1e6
+    limits = SIZES[machine][image.python]
+    print(f"\nPython {image.python} on {machine}: {sizes[0]:.3g} MB unpacked, {sizes[1]:.3g} MB compressed")
+    assert all(size <= limit for size, limit in zip(sizes, limits, strict=True)), (sizes, limits)
+
+
 def scan(archive: Path, folder: Path) -> list[dict[str, Any]]:
     """The packages that syft finds in the archive of an image, once that is unpacked into the folder."""
     folder.mkdir()

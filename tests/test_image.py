@@ -16,19 +16,13 @@ from tests.harness import (
     Image,
     answers,
     check_contract,
+    check_size,
     copy_project,
     each_python,
     run,
     scan,
     wait_until,
 )
-
-# What makes the gate fail when it is exceeded.
-SIZES = {
-    "3.15": {"MB unpacked": 75.5, "MB compressed": 24.8},
-    "3.14": {"MB unpacked": 75.0, "MB compressed": 25.0},
-}
-
 
 LEFT_OUT = {
     "idlelib",
@@ -232,11 +226,7 @@ def test_edit_of_main_py_rebuilds_one_layer(image, tmp_path):
 
 @each_python
 def test_image_is_as_small_as_it_was(image, files):
-    size = image.archive.stat().st_size / 1e6
-    compressed = int(run("sh", "-c", f"gzip -6 < {image.archive} | wc -c")) / 1e6
-    sizes = {"MB unpacked": size, "MB compressed": compressed}
-    print("", *(f"Python {image.python}: {figure:.3g} {name}" for name, figure in sizes.items()), sep="\n")
-    assert {name: size for name, size in sizes.items() if size > SIZES[image.python][name]} == {}
+    check_size(image, image.archive)
 
 
 @each_python
