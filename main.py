@@ -90,7 +90,7 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 
 # A copy of all names so far. At the end of the file, `refuse_names` lists those that the code below has overwritten. After
 # `importlib.reload` all names of the first run are still there, and would all seem yours: then this is empty. A reload is
-# recognised by two names of what follows, since a single one might be yours.
+# recognised by two names that the code below defines, any two, since a single one might be yours.
 YOURS = {} if {"YOURS", "EnvelopeResponder"} <= globals().keys() else globals().copy()
 
 # `signal` and `sys` are imported a second time: where you have overwritten one, this undoes it, and `refuse_names` says so.
@@ -198,8 +198,8 @@ class JsonLines:
     def __init__(self) -> None:
         self.stdout = sys.__stdout__.fileno() if sys.__stdout__ else None  # even if your code replaces `sys.stdout`
         self.lines: collections.deque[bytes] = collections.deque()
-        # Each wakes the thread. An Event has a lock that the thread holds amid its wait: a `__del__` that Python runs there,
-        # and that logs, would wait for it for ever.
+        # Each item wakes the thread. It is no Event: the thread holds that one's lock while it waits, and if Python then ran
+        # a `__del__` in this thread, and it logged, that would be a deadlock.
         self.alarms: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.is_asleep = False  # the thread, until there is a line
         self.added = 0  # bytes, counted by who adds
@@ -213,7 +213,7 @@ class JsonLines:
     def continue_in_fork(self) -> None:
         """Write each line at once: a fork has only the thread that forked, and may end without a word (`os._exit`)."""
         self.is_fork = True
-        self.written = self.added
+        self.written = self.added  # the parent writes the lines that wait
 
     def add(self, line: dict[str, Any]) -> None:
         """Add a line, whose `timestamp` is in seconds since 1970."""
@@ -242,9 +242,9 @@ class JsonLines:
     def write_forever(self) -> None:
         reported = 0
         while True:
-            self.is_asleep = True
-            # A line that is added just now is seen here, or its `add` sees `is_asleep` and raises an alarm. One alarm too
+            # Set before `lines` is looked at, so that a line that is added just now is seen, or raises an alarm. An alarm too
             # many only ends the pause below early.
+            self.is_asleep = True
             if not self.lines:
                 self.alarms.get()
             self.is_asleep = False
@@ -724,8 +724,8 @@ class Envelope:
             if name in TRACE_HEADERS:
                 key, text = name.decode(), value.decode("latin-1")
                 headers[key] = f"{headers[key]},{text}" if key in headers else text
-        # Uvicorn starts a pipelined request from inside the one before it: a context that is not empty is that one's, and one
-        # of this request's caller, or of nobody, takes its place.
+        # Uvicorn starts a pipelined request from inside the one before it, so it inherits that one's context. If there is
+        # one, replace it: by that of this request's caller, or by an empty one.
         if not headers and not opentelemetry.context.get_current():
             request_span.set(trace.INVALID_SPAN_CONTEXT)
             return None
@@ -935,7 +935,8 @@ class BodyLimits(RequestBodyLimitMiddleware):
             # A client without a response gets the refusal, or a 408 for another exception that the late body has led to.
             if not body.has_response and (refusal or body.is_late):
                 await body.refuse(refusal or fastapi.HTTPException(408))
-            # Here ends a refusal that `refuse` has sent. Any other error, and a refusal that came amid a response, goes on.
+            # Here ends a refusal that has been sent. All else goes on: another error, to be logged even though its client has
+            # a 408, and a refusal amid a response.
             if refusal is None or not body.is_refused:
                 raise
         if body.is_cut and not body.has_whole_response:
@@ -1114,7 +1115,10 @@ class Http(HttpToolsProtocol):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * server_settings.send_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell the app that its client is gone, and stop the timer, where uvicorn would not: amid a pipeline, by an error."""
+        """Tell each request that its client is gone, and stop the timer.
+
+        Uvicorn tells only one request of a pipeline, and leaves the timer where the connection ends by an error.
+        """
         for cycle in self.unanswered:
             self.disconnect(cycle)
         self._unset_keepalive_if_required()
@@ -1507,8 +1511,8 @@ def main() -> None:
     uvicorn_options["access_log"] = False  # uvicorn's own lines: those of EnvelopeResponder take their place
     is_alone = uvicorn_options["workers"] == 1 and not uvicorn_options["reload"]
     if uvicorn_options["host"] == "::" and is_alone and uvicorn_options["port"]:
-        # None listens on IPv4, too; a single process of uvicorn would listen on IPv6 alone by `::`, while for workers uvicorn
-        # opens both. Not with port 0, since each would get a port of its own.
+        # With the host `None`, it listens on IPv6 and IPv4. With `::`, a single process of uvicorn would listen on IPv6
+        # alone; for workers, uvicorn opens both. Not with port 0, since each would get a port of its own.
         uvicorn_options["host"] = None
     # By the command, which makes what `uvicorn.run` takes of its options; `app_dir=None` leaves `sys.path` as it is.
     click.Context(uvicorn.main).invoke(uvicorn.main, app="__main__:app", app_dir=None, **uvicorn_options)
