@@ -88,9 +88,9 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 
 # --- The container's side: probes, log, limits, settings, start and stop ---
 
-# A copy of all names so far. At the end of the file, `refuse_names` lists those that the code below has overwritten. After
-# `importlib.reload` all names of the first run are still there, and would all seem yours: then this is empty. A reload is
-# recognised by two names that the code below defines, any two, since a single one might be yours.
+# A copy of all names so far. At the end of the file, `refuse_names` lists those that the code below has overwritten. On
+# `importlib.reload` the names of the first run are still there and would all seem yours, so nothing is checked then. If both
+# of these are there already, it is a reload; one alone might be yours.
 YOURS = {} if {"YOURS", "EnvelopeResponder"} <= globals().keys() else globals().copy()
 
 # `signal` and `sys` are imported a second time: where you have overwritten one, this undoes it, and `refuse_names` says so.
@@ -438,7 +438,7 @@ SettingsModel = typing.TypeVar("SettingsModel", bound=pydantic.BaseModel)
 
 
 def read_environment(model: type[SettingsModel], shows_values: bool) -> SettingsModel:
-    """Read the settings that a model names; an empty variable counts as unset.
+    """Read the settings that a model names; an empty variable or file counts as unset.
 
     Raises `SettingError` for what does not hold, with its value if `shows_values`: a value of your settings may be a secret.
     """
@@ -715,8 +715,10 @@ class Envelope:
 
         Returns the token with which the caller's span is left again.
         """
+        # A local span that is current is this request's, which FastAPI has started outside of all middleware. A remote one
+        # is of another caller: uvicorn starts a pipelined request from inside the one before it, with that one's context.
         current = trace.get_current_span().get_span_context()
-        if current.is_valid and not current.is_remote:  # FastAPI has started it, outside of all middleware
+        if current.is_valid and not current.is_remote:
             request_span.set(current)
             return None
         headers: dict[str, str] = {}
@@ -724,8 +726,7 @@ class Envelope:
             if name in TRACE_HEADERS:
                 key, text = name.decode(), value.decode("latin-1")
                 headers[key] = f"{headers[key]},{text}" if key in headers else text
-        # Uvicorn starts a pipelined request from inside the one before it, so it inherits that one's context. If there is
-        # one, replace it: by that of this request's caller, or by an empty one.
+        # An inherited context is replaced by that of this request's caller, or by an empty one.
         if not headers and not opentelemetry.context.get_current():
             request_span.set(trace.INVALID_SPAN_CONTEXT)
             return None
@@ -771,6 +772,7 @@ class EnvelopeResponder:
         self.has_begun = False  # the response
         self.has_left = False  # the client, before its response
         self.is_complete = False
+        self.is_event_stream = False
         self.is_logged = False
         self.status = 500  # until a response begins; where an exception passes, Starlette makes one outside of us
         self.size = 0  # bytes
@@ -792,6 +794,9 @@ class EnvelopeResponder:
         finally:  # also where Starlette cancels this task amid that, as it may after the last piece of a stream
             if self.is_complete:
                 self.finish()
+        # Not before the start is sent, or `end` could send the end alone.
+        if message["type"] == "http.response.start" and self.is_event_stream:
+            self.lifecycle.add_event_stream(self.task)
 
     def begin(self, message: asgi.Message) -> asgi.Message:
         self.has_begun = True
@@ -801,8 +806,7 @@ class EnvelopeResponder:
         headers += [header for header in self.envelope.headers if header[0] not in own]
         if self.lifecycle.is_draining and is_http1(self.scope):
             headers.append((b"connection", b"close"))
-        if own.get(b"content-type", b"").startswith(b"text/event-stream"):
-            self.lifecycle.add_event_stream(self.task)
+        self.is_event_stream = own.get(b"content-type", b"").startswith(b"text/event-stream")
         return {**message, "headers": headers}
 
     def is_cut_by_stop(self) -> bool:
@@ -1016,7 +1020,7 @@ class BodyResponder:
 async def internal_server_error(request: Request, error: Exception) -> JSONResponse:
     """A 500 that says nothing of the inside; the server logs the exception and closes the connection.
 
-    Starlette sends it from outside of all middleware, so that it has to bring the headers itself.
+    Starlette sends it from outside of all middleware, so that it has to bring the headers itself, as has a handler of yours.
     """
     headers = dict(SAFE_HEADERS)
     if is_http1(request.scope):
@@ -1212,7 +1216,7 @@ class Http(HttpToolsProtocol):
             self.refuse("Invalid HTTP request received.", ValueError("a handshake before the answers"))
         else:  # a client sends nothing more before the handshake is answered: `rest` is empty, or dropped as by uvicorn
             self.flush()
-            super().on_headers_complete()  # fills the scope
+            super().on_headers_complete()  # fills the scope; for a WebSocket it returns before it makes a cycle
             self.handle_websocket_upgrade()
 
     def serve_without_upgrade(self, rest: bytes) -> None:
@@ -1316,7 +1320,8 @@ class Http(HttpToolsProtocol):
         self.unanswered.popleft()
         super().on_response_complete()  # begins the next request of the pipeline, or sets the timer of an idle connection
         if self.is_refused and self.has_answered():
-            self.loop.call_soon(self.linger)  # after the turn's end, when the `Outbox` has sent this response
+            self.flush()
+            self.linger()
         elif self.reading == "head" and self.has_answered():
             self.wait_for_client()  # for the rest of a head: in the place of uvicorn's timer
 
