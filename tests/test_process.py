@@ -53,8 +53,10 @@ def test_steps_before_starting_that_would_not_run_have_not_succeeded(variant, de
     assert [line["message"] for line in process.lines] == ["prestart: a `yield` in it keeps its steps from running"]
 
 
-@pytest.mark.parametrize("definition", ["def", "async def"])
-@pytest.mark.parametrize(("level", "said"), [("debug", ["debug", "info", "warning"]), ("warning", ["warning"])])
+@pytest.mark.parametrize(
+    ("definition", "level", "said"),
+    [("def", "debug", ["debug", "info", "warning"]), ("async def", "warning", ["warning"])],
+)
 def test_steps_before_starting_log_at_their_level_and_may_be_async(variant, definition, level, said):
     code = f"""
 {definition} prestart():
