@@ -135,7 +135,7 @@ from fastapi.exception_handlers import http_exception_handler
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import consts
-from opentelemetry import propagate, trace
+from opentelemetry import baggage, propagate, trace
 from starlette import types as asgi
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.body_limit import MAX_BODY_SIZE_SCOPE_KEY, RequestBodyLimitMiddleware
@@ -726,11 +726,12 @@ class Envelope:
             if name in TRACE_HEADERS:
                 key, text = name.decode(), value.decode("latin-1")
                 headers[key] = f"{headers[key]},{text}" if key in headers else text
-        # An inherited context is replaced by that of this request's caller, or by an empty one.
+        # An inherited caller is replaced by that of this request, or by nobody; what FastAPI has added stays.
         if not headers and not opentelemetry.context.get_current():
             request_span.set(trace.INVALID_SPAN_CONTEXT)
             return None
-        context = propagate.extract(headers, opentelemetry.context.Context())
+        nobody = baggage.clear(trace.set_span_in_context(trace.INVALID_SPAN))
+        context = propagate.extract(headers, nobody)
         request_span.set(trace.get_current_span(context).get_span_context())
         return opentelemetry.context.attach(context)
 
