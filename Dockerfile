@@ -98,8 +98,8 @@ EOF
 # new volume at /data belongs to the image's user, as this folder does.
 RUN <<EOF
 python=$(echo /usr/local/lib/python3.??)
-sed -n 's|^"\?\(\.\./\.\./[^,"]*\).*|\1|p' "$python"/site-packages/*.dist-info/RECORD > /recorded
-mapfile -t elsewhere < <(sed "s|^|$python/site-packages/|" /recorded | xargs -r realpath | grep -v '^/usr/local/bin/')
+mapfile -t elsewhere < <(sed -n 's|^"\?\(\.\./\.\./[^,"]*\).*|'"$python"'/site-packages/\1|p' \
+    "$python"/site-packages/*.dist-info/RECORD | xargs -r realpath | grep -v '^/usr/local/bin/')
 mkdir -p /image/etc /image/var/lib/dpkg/status.d
 install -d -m 1777 /image/tmp
 install -d -o 65532 -g 65532 /image/data

@@ -1,4 +1,4 @@
-# Knobs, for the command line or the environment: `make run PORT=9000`. A copy has a NAME of its own: WSL's is its host's.
+# Knobs, for the command line or the environment: `make run PORT=9000`. NAME is not of the environment: WSL has one there.
 NAME         = fastapi-container
 IMAGE       ?= $(NAME)
 ENGINE      ?= $(eval ENGINE := $(shell for e in docker podman; do $$e info >/dev/null 2>&1 && echo $$e && break; done))$(ENGINE)
