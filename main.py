@@ -22,7 +22,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
 # --- Your service: everything that you add goes here ---
-# Add routes, models, middleware and exception handlers below `app`. The second part of the file wraps them. If you define a
+# Add routes, models, middleware and exception handlers below `app`. The second part of the file wraps them, and answers the
+# probes `/livez` and `/readyz`; a route of yours at one of these paths has a say while the service is up. If you define a
 # name that the second part uses, or one of Python's such as `list`, the service refuses to start and says which. A package
 # that you import goes into the dependencies at the head; `make lock` then writes requirements.txt.
 # `settings` has no value yet at this point. So a middleware that needs one is added near the end of the file, where the
@@ -60,8 +61,8 @@ app = FastAPI(
     title="Items",
     version="1.0.0",
     lifespan=lifespan,
-    # Where OpenTelemetry is set up, FastAPI itself exports traces; this leaves probes out of them. It is a lambda, because
-    # `is_probe` is defined further down.
+    # Where OpenTelemetry is set up, FastAPI itself exports traces; this leaves out those of `/livez` and `/readyz`. It is a
+    # lambda, because `is_probe` is defined further down.
     telemetry={"exclude": lambda scope: is_probe(scope)},
 )
 
@@ -89,8 +90,8 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 # --- The container's side: probes, log, limits, settings, start and stop ---
 
 # A copy of all names so far. At the end of the file, `refuse_names` lists those that the code below has overwritten. On
-# `importlib.reload` the names of the first run are still there and would all seem yours, so nothing is checked then. If both
-# of these are there already, it is a reload; one alone might be yours.
+# `importlib.reload` the names of the first run are still there and would all seem yours, so nothing is checked then. Such a
+# reload is known by two names of ours that are there already, this one and one from far below; one alone might be yours.
 YOURS = {} if {"YOURS", "EnvelopeResponder"} <= globals().keys() else globals().copy()
 
 # `signal` and `sys` are imported a second time: where you have overwritten one, this undoes it, and `refuse_names` says so.
@@ -133,6 +134,7 @@ import uvicorn
 from fastapi import Request, Response
 from fastapi.exception_handlers import http_exception_handler
 from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.routing import iter_route_contexts
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import consts
 from opentelemetry import baggage, propagate, trace
@@ -198,8 +200,8 @@ class JsonLines:
     def __init__(self) -> None:
         self.stdout = sys.__stdout__.fileno() if sys.__stdout__ else None  # even if your code replaces `sys.stdout`
         self.lines: collections.deque[bytes] = collections.deque()
-        # Each item wakes the thread. It is no Event: the thread holds that one's lock while it waits, and if Python then ran
-        # a `__del__` in this thread, and it logged, that would be a deadlock.
+        # Each item wakes the thread. It is no Event, whose methods take a lock that the same thread cannot take again: if
+        # Python ran a `__del__` amid one of them, and it logged, that would be a deadlock. A SimpleQueue is made for this.
         self.alarms: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.is_asleep = False  # the thread, until there is a line
         self.added = 0  # bytes, counted by who adds
@@ -407,7 +409,7 @@ class ServerSettings(pydantic.BaseModel, frozen=True):
         1_048_576, ge=0, description="bytes of the largest request body; beyond it: 413"
     )
     max_concurrency: int = pydantic.Field(
-        256, ge=1, description="requests that a process serves at once; beyond it: 503"
+        256, ge=1, description="requests, with their background tasks, that a process serves at once; beyond it: 503"
     )
     max_websockets: int = pydantic.Field(
         1024, ge=0, description="WebSockets that a process serves at once, by a library that you add; beyond it: 503"
@@ -514,9 +516,9 @@ def read_options(ours: ServerSettings) -> dict[str, Any]:
 
 
 try:
-    settings = read_environment(Settings, shows_values=False)  # those of your part
     server_settings = read_environment(ServerSettings, shows_values=True)
     uvicorn_options = read_options(server_settings)
+    settings = read_environment(Settings, shows_values=False)  # of your part; last, since `--help` needs none of them
 except click.exceptions.Exit as end:  # after --help and --version
     sys.exit(end.exit_code)
 except click.ClickException as error:
@@ -542,10 +544,13 @@ class Lifecycle:
     balancers look elsewhere: each response closes its connection. After that the server stops as it does by itself; event
     streams, which would not end, are ended. Except in a worker, a second SIGTERM skips the rest of the drain, and so does
     Ctrl+C.
+
+    A probe that is among `own_probes`, the routes of yours, is left to its route from the end of start-up until SIGTERM.
     """
 
-    def __init__(self, drain_seconds: float) -> None:
+    def __init__(self, drain_seconds: float, own_probes: set[str]) -> None:
         self.drain_seconds = drain_seconds
+        self.own_probes = own_probes  # paths
         self.is_starting = False
         self.is_draining = False
         self.is_stopping = False
@@ -555,9 +560,13 @@ class Lifecycle:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.event_streams: set[asyncio.Task[Any]] = set()
 
-    def probe(self, scope: asgi.Scope) -> Response:
-        is_ready = not (self.is_starting or self.is_draining)
-        status = 200 if is_ready or scope["path"].endswith("/livez") else 503
+    def probe(self, scope: asgi.Scope) -> Response | None:
+        """The answer to a probe; none where a route of yours is to give it."""
+        path = path_in_app(scope)
+        is_up = not (self.is_starting or self.is_draining)
+        if is_up and path in self.own_probes:
+            return None
+        status = 200 if is_up or path == "/livez" else 503
         return Response(status_code=status, headers={"Cache-Control": "no-store"})
 
     async def start(self, app: asgi.ASGIApp, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
@@ -671,8 +680,13 @@ def is_http1(scope: asgi.Scope) -> bool:
     return scope.get("http_version") in {"1.0", "1.1"}
 
 
+def path_in_app(scope: asgi.Scope) -> str:
+    """The path without the prefix under which a proxy, or another app, serves this one."""
+    return scope["path"].removeprefix(scope.get("root_path", ""))
+
+
 def is_probe(scope: asgi.Scope) -> bool:
-    return scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) in PROBES
+    return scope["type"] == "http" and path_in_app(scope) in PROBES
 
 
 class Envelope:
@@ -726,10 +740,11 @@ class Envelope:
             if name in TRACE_HEADERS:
                 key, text = name.decode(), value.decode("latin-1")
                 headers[key] = f"{headers[key]},{text}" if key in headers else text
-        # An inherited caller is replaced by that of this request, or by nobody; what FastAPI has added stays.
+        # Nothing has come and nothing is inherited: so it is for most requests, and this is the short way.
         if not headers and not opentelemetry.context.get_current():
             request_span.set(trace.INVALID_SPAN_CONTEXT)
             return None
+        # The span and the baggage become those of this request's caller, if any; all else in the context stays.
         nobody = baggage.clear(trace.set_span_in_context(trace.INVALID_SPAN))
         context = propagate.extract(headers, nobody)
         request_span.set(trace.get_current_span(context).get_span_context())
@@ -739,7 +754,7 @@ class Envelope:
         responder = EnvelopeResponder(self, scope, receive, send)
         app = self.app
         if responder.is_probe and scope["method"] in {"GET", "HEAD"}:
-            app = self.lifecycle.probe(scope)  # a response is an app
+            app = self.lifecycle.probe(scope) or app  # a response is an app
         try:
             await app(scope, responder.receive, responder.send)
         except asyncio.CancelledError:
@@ -821,7 +836,7 @@ class EnvelopeResponder:
         await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def finish(self) -> None:
-        """Log the request; what its task does from now on, in the background, is no event stream."""
+        """Log the request, and let the stop no longer cancel its task, which may go on with work in the background."""
         self.lifecycle.event_streams.discard(self.task)
         self.log()
 
@@ -940,9 +955,10 @@ class BodyLimits(RequestBodyLimitMiddleware):
             # A client without a response gets the refusal, or a 408 for another exception that the late body has led to.
             if not body.has_response and (refusal or body.is_late):
                 await body.refuse(refusal or fastapi.HTTPException(408))
-            # Here ends a refusal that has been sent. All else goes on: another error, to be logged even though its client has
-            # a 408, and a refusal amid a response.
-            if refusal is None or not body.is_refused:
+            # A refusal that has been sent is done with. All else goes on, to be logged: a refusal amid a response, and another
+            # error, even if its client has got a 408.
+            is_done = refusal is not None and body.is_refused
+            if not is_done:
                 raise
         if body.is_cut and not body.has_whole_response:
             raise ClientDisconnect  # by which uvicorn ends the response, without an error in the log
@@ -1520,7 +1536,8 @@ def main() -> None:
         # With the host `None`, it listens on IPv6 and IPv4. With `::`, a single process of uvicorn would listen on IPv6
         # alone; for workers, uvicorn opens both. Not with port 0, since each would get a port of its own.
         uvicorn_options["host"] = None
-    # By the command, which makes what `uvicorn.run` takes of its options; `app_dir=None` leaves `sys.path` as it is.
+    # Not `uvicorn.run`, since it is uvicorn's command that turns options into its arguments. `app_dir=None` leaves `sys.path`
+    # as it is.
     click.Context(uvicorn.main).invoke(uvicorn.main, app="__main__:app", app_dir=None, **uvicorn_options)
 
 
@@ -1543,7 +1560,10 @@ app.add_middleware(
 app.add_middleware(Overload, requests=server_settings.max_concurrency, websockets=server_settings.max_websockets)
 app.add_middleware(
     Envelope,
-    lifecycle=Lifecycle(0 if is_reloading() else server_settings.drain_seconds),
+    lifecycle=Lifecycle(
+        drain_seconds=0 if is_reloading() else server_settings.drain_seconds,
+        own_probes=PROBES & {route.path for route in iter_route_contexts(app.routes)},
+    ),
     headers=SAFE_HEADERS,
     has_access_log=uvicorn_options.get("access_log", True),
     # By None, `--log-config` decides on these lines, too.

@@ -7,12 +7,13 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from tests.harness import UV, Process, answers, frozen, wait_until, write_variant
+from tests.harness import UV, Process, answers, wait_until, write_variant
 
 
-def test_help_and_version_are_text():
+def test_help_and_version_are_text_and_need_no_setting_of_yours(variant):
+    source = variant("class Settings(Settings):\n    token: str\n")
     help_, version = (
-        subprocess.run([sys.executable, frozen(), option], capture_output=True, text=True, check=True).stdout
+        subprocess.run([sys.executable, source, option], capture_output=True, text=True, check=True).stdout
         for option in ("--help", "--version")
     )
     assert help_.startswith("Usage: main.py [OPTIONS]")

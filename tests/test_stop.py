@@ -44,6 +44,34 @@ def test_workers_of_uvicorns_own_command_drain_too_where_the_whole_group_gets_si
         assert time.monotonic() - start > 2
 
 
+OWN_PROBE = """
+from fastapi import APIRouter, HTTPException
+checks = APIRouter()
+answers = [200, 503]
+@checks.get("/readyz")
+async def ask_the_database() -> str:
+    status = answers.pop(0)
+    if status != 200:
+        raise HTTPException(status)
+    return "mine"
+app.include_router(checks)
+@app.get("/{path:path}")
+async def read_any(path: str) -> str:
+    return path
+"""
+
+
+def test_readiness_of_yours_has_a_say_until_sigterm(variant):
+    with Process(source=variant(OWN_PROBE), DRAIN_SECONDS="60") as process, httpx.Client(base_url=process.url) as client:
+        assert client.get("/readyz").json() == "mine"
+        assert client.get("/readyz").status_code == 503
+        assert client.get("/livez").content == b""  # a route of all paths takes no probe
+        process.popen.terminate()
+        wait_until(lambda: process.said("Shutting down in 60 s"))
+        assert [httpx.get(process.url + path).status_code for path in ("/readyz", "/livez")] == [503, 200]
+        assert httpx.get(process.url + "/readyz").content == b""
+
+
 def test_second_sigterm_ends_the_drain():
     with Process(DRAIN_SECONDS="60") as process:
         process.popen.terminate()

