@@ -23,9 +23,9 @@ from pydantic import BaseModel, Field
 
 # --- Your service: everything that you add goes here ---
 # Add routes, models, middleware and exception handlers below `app`. The second part of the file wraps them, and answers the
-# probes `/livez` and `/readyz`; a route of yours at one of these paths has a say while the service is up. If you define a
-# name that the second part uses, or one of Python's such as `list`, the service refuses to start and says which. A package
-# that you import goes into the dependencies at the head; `make lock` then writes requirements.txt.
+# probes `/livez` and `/readyz`; a route of yours at one of these paths answers in its place, from the end of start-up until
+# SIGTERM. If you define a name that the second part uses, or one of Python's such as `list`, the service refuses to start and
+# says which. A package that you import goes into the dependencies at the head; `make lock` then writes requirements.txt.
 # `settings` has no value yet at this point. So a middleware that needs one is added near the end of the file, where the
 # other calls of `app.add_middleware` are.
 
@@ -61,8 +61,8 @@ app = FastAPI(
     title="Items",
     version="1.0.0",
     lifespan=lifespan,
-    # Where OpenTelemetry is set up, FastAPI itself exports traces; this leaves out those of `/livez` and `/readyz`. It is a
-    # lambda, because `is_probe` is defined further down.
+    # Where OpenTelemetry is set up, FastAPI (0.142 and newer) itself exports traces; this leaves out those of `/livez` and
+    # `/readyz`. It is a lambda, because `is_probe` is defined further down.
     telemetry={"exclude": lambda scope: is_probe(scope)},
 )
 
@@ -89,9 +89,9 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 
 # --- The container's side: probes, log, limits, settings, start and stop ---
 
-# A copy of all names so far. At the end of the file, `refuse_names` lists those that the code below has overwritten. On
-# `importlib.reload` the names of the first run are still there and would all seem yours, so nothing is checked then. Such a
-# reload is known by two names of ours that are there already, this one and one from far below; one alone might be yours.
+# A copy of all names so far. At the end of the file, `refuse_names` lists those that the code below has overwritten. When a
+# test calls `importlib.reload`, the names of the first run are still there and would all seem yours, so nothing is checked
+# then. A reload is known by this name and any other of ours, such as that of a class; one of them alone might be yours.
 YOURS = {} if {"YOURS", "EnvelopeResponder"} <= globals().keys() else globals().copy()
 
 # `signal` and `sys` are imported a second time: where you have overwritten one, this undoes it, and `refuse_names` says so.
@@ -315,7 +315,10 @@ def trace_ids(span: trace.SpanContext) -> dict[str, str]:
 
 
 class JsonHandler(logging.Handler):
-    """Makes a JSON line of each record, with what `extra=` adds to it and the ids of the current trace."""
+    """Makes a JSON line of each record, with the ids of the current trace and what `extra=` adds.
+
+    What it adds under a name that the line has already, such as `level`, is there as `extra.level`.
+    """
 
     STANDARD = vars(logging.makeLogRecord({})).keys() | {"message", "color_message"}
 
@@ -328,7 +331,7 @@ class JsonHandler(logging.Handler):
             line["message"] = f"Cannot log {record.msg!r} at {record.pathname}:{record.lineno}: {error!r}"
         for name, value in vars(record).items():
             if name not in self.STANDARD:
-                line.setdefault(name, value)
+                line[f"extra.{name}" if name in line else name] = value
         if record.exc_info and record.exc_info[0]:
             line["exception.type"] = record.exc_info[0].__name__
             line["exception.stacktrace"] = self.format_traceback(record.exc_info)
@@ -412,7 +415,7 @@ class ServerSettings(pydantic.BaseModel, frozen=True):
         256, ge=1, description="requests, with their background tasks, that a process serves at once; beyond it: 503"
     )
     max_websockets: int = pydantic.Field(
-        1024, ge=0, description="WebSockets that a process serves at once, by a library that you add; beyond it: 503"
+        1024, ge=0, description="WebSockets, which need a package such as `websockets`, at once; beyond it: 503"
     )
     timeout_keep_alive: int = pydantic.Field(
         75, ge=1, le=3600, description="seconds for which a connection may be idle"
@@ -729,8 +732,9 @@ class Envelope:
 
         Returns the token with which the caller's span is left again.
         """
-        # A local span that is current is this request's, which FastAPI has started outside of all middleware. A remote one
-        # is of another caller: uvicorn starts a pipelined request from inside the one before it, with that one's context.
+        # A current span that is local is this request's, which FastAPI has started outside of all middleware. One that is
+        # remote is left over: uvicorn starts a pipelined request in the context of the one before it, in which we have
+        # attached that one's caller. It is replaced below.
         current = trace.get_current_span().get_span_context()
         if current.is_valid and not current.is_remote:
             request_span.set(current)
@@ -878,7 +882,7 @@ class EnvelopeResponder:
         guessed by its values: a part of it that equals the value of a parameter is shown as that parameter.
         """
         route = self.scope.get("route")  # of "/items/{item_id}"
-        if not hasattr(route, "path_format"):  # none has matched, or one by the host
+        if not hasattr(route, "path_format"):  # none has matched, or Starlette's `Host`, which has no path
             return None
         values = {name: str(value) for name, value in self.scope["path_params"].items()}  # {tenant: 5, item_id: 7}
         try:
@@ -912,7 +916,9 @@ class Overload:
         if kind not in self.limits:
             await self.app(scope, receive, send)
             return
-        if self.running[kind] >= self.limits[kind]:
+        if self.running[kind] >= self.limits[kind] and not is_probe(
+            scope
+        ):  # a probe that comes here is a route of yours
             # For a WebSocket, Starlette makes of it the answer to the handshake.
             refusal = JSONResponse({"detail": "Too many requests at once"}, 503, {"Retry-After": "1"})
             await refusal(scope, receive, send)
@@ -952,14 +958,15 @@ class BodyLimits(RequestBodyLimitMiddleware):
                 await super().__call__(scope, body.receive_in_time, body.send_from_app)
         except Exception as error:
             refusal = self.find_refusal(error)
-            # A client without a response gets the refusal, or a 408 for another exception that the late body has led to.
-            if not body.has_response and (refusal or body.is_late):
-                await body.refuse(refusal or fastapi.HTTPException(408))
-            # A refusal that has been sent is done with. All else goes on, to be logged: a refusal amid a response, and another
-            # error, even if its client has got a 408.
-            is_done = refusal is not None and body.is_refused
-            if not is_done:
-                raise
+            answer = refusal
+            if answer is None and body.is_late:
+                answer = fastapi.HTTPException(408)  # the late body has led to an exception of another kind
+            if answer and not body.has_response:
+                await body.refuse(answer)
+            if refusal is None:
+                raise  # an error, which is to be logged, even if its client has got a 408
+            if not body.is_refused:
+                raise  # too late for a refusal: the response of the app has begun
         if body.is_cut and not body.has_whole_response:
             raise ClientDisconnect  # by which uvicorn ends the response, without an error in the log
 
@@ -1298,8 +1305,8 @@ class Http(HttpToolsProtocol):
     def linger(self) -> None:
         """End the connection slowly, or a client that still sends could lose the response.
 
-        What comes is dropped, until the client ends, and for as long as a connection may be idle. With TLS, and where the
-        server stops, it ends at once: no client could see the end otherwise, and the stop would wait for it.
+        What comes is dropped, until the client ends, and for as long as a connection may be idle. With TLS it ends at once,
+        since no side of it can be closed alone. Where the server stops, it does, too, or the stop would wait for the client.
         """
         if self.is_lingering or self.transport.is_closing():
             return

@@ -411,8 +411,11 @@ class Odd(Exception, metaclass=Nameless):
 async def log() -> None:
     logging.getLogger("shop").error("left", exc_info=WebSocketDisconnect())
     logging.getLogger("shop").error("odd", exc_info=Odd("strange"))
+    logging.getLogger("shop").warning("kept", extra={"level": 3})
 """)
     with Process(source=source) as process:
         assert httpx.get(process.url + "/log").status_code == 200
         assert process.wait_for("left")["exception.type"] == "WebSocketDisconnect"
         assert "strange" in process.wait_for("odd")["exception.stacktrace"]
+        kept = process.wait_for("kept")
+        assert (kept["level"], kept["extra.level"]) == ("warning", 3)

@@ -1,5 +1,6 @@
 """What the stop promises: unready at once, serving through the drain, an end for what stays open."""
 
+import asyncio
 import os
 import signal
 import sys
@@ -9,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from tests.harness import Process, free_port, frozen, wait_until
+from tests.harness import Process, free_port, frozen, load, wait_until
 
 
 @pytest.mark.parametrize(("workers", "kill"), [("1", os.kill), ("2", os.killpg)], ids=["a process", "a group"])
@@ -61,8 +62,11 @@ async def read_any(path: str) -> str:
 """
 
 
-def test_readiness_of_yours_has_a_say_until_sigterm(variant):
-    with Process(source=variant(OWN_PROBE), DRAIN_SECONDS="60") as process, httpx.Client(base_url=process.url) as client:
+def test_readiness_of_yours_answers_until_sigterm(variant):
+    with (
+        Process(source=variant(OWN_PROBE), DRAIN_SECONDS="60") as process,
+        httpx.Client(base_url=process.url) as client,
+    ):
         assert client.get("/readyz").json() == "mine"
         assert client.get("/readyz").status_code == 503
         assert client.get("/livez").content == b""  # a route of all paths takes no probe
@@ -70,6 +74,16 @@ def test_readiness_of_yours_has_a_say_until_sigterm(variant):
         wait_until(lambda: process.said("Shutting down in 60 s"))
         assert [httpx.get(process.url + path).status_code for path in ("/readyz", "/livez")] == [503, 200]
         assert httpx.get(process.url + "/readyz").content == b""
+
+
+def test_readiness_of_yours_is_asked_by_probes_however_many_requests_there_are(variant):
+    async def ask() -> list[int]:
+        module = load(variant(OWN_PROBE))
+        crowded = httpx.ASGITransport(module.Overload(module.app, requests=0, websockets=0))
+        async with httpx.AsyncClient(transport=crowded, base_url="http://service") as client:
+            return [(await client.get(path)).status_code for path in ("/", "/readyz")]
+
+    assert asyncio.run(ask()) == [503, 200]
 
 
 def test_second_sigterm_ends_the_drain():
