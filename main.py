@@ -22,12 +22,14 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
 # --- Your service: everything that you add goes here ---
-# Add routes, models, middleware and exception handlers below `app`. The second part of the file wraps them, and answers the
-# probes `/livez` and `/readyz`; a route of yours at one of these paths answers in its place, from the end of start-up until
-# SIGTERM. If you define a name that the second part uses, or one of Python's such as `list`, the service refuses to start and
-# says which. A package that you import goes into the dependencies at the head; `make lock` then writes requirements.txt.
-# `settings` has no value yet at this point. So a middleware that needs one is added near the end of the file, where the
-# other calls of `app.add_middleware` are.
+# Add routes, models, middleware and exception handlers below `app`. The second part of the file wraps them. If you define a
+# name that it uses, or one of Python's such as `list`, the service refuses to start and says which. A package that you import
+# goes into the dependencies at the head; `make lock` then writes requirements.txt.
+# - `settings` has no value yet at this point. So a middleware that needs one is added near the end of the file, where the
+#   other calls of `app.add_middleware` are.
+# - The second part answers the probes `/livez` and `/readyz`. A route of yours at one of these paths answers instead of it,
+#   except during start-up and after SIGTERM.
+# - A handler for `Exception` answers from outside of all middleware. So it has to bring what headers it needs.
 
 
 class Settings(BaseModel):
@@ -61,8 +63,8 @@ app = FastAPI(
     title="Items",
     version="1.0.0",
     lifespan=lifespan,
-    # Where OpenTelemetry is set up, FastAPI (0.142 and newer) itself exports traces; this leaves out those of `/livez` and
-    # `/readyz`. It is a lambda, because `is_probe` is defined further down.
+    # Where OpenTelemetry is set up, FastAPI (since 0.142) exports a trace of each request; this leaves out those of the probes.
+    # You may delete it. It is a lambda, because `is_probe` is defined further down.
     telemetry={"exclude": lambda scope: is_probe(scope)},
 )
 
@@ -89,10 +91,10 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 
 # --- The container's side: probes, log, limits, settings, start and stop ---
 
-# A copy of all names so far. At the end of the file, `refuse_names` lists those that the code below has overwritten. When a
-# test calls `importlib.reload`, the names of the first run are still there and would all seem yours, so nothing is checked
-# then. A reload is known by this name and any other of ours, such as that of a class; one of them alone might be yours.
-YOURS = {} if {"YOURS", "EnvelopeResponder"} <= globals().keys() else globals().copy()
+# A copy of all names so far, of which `refuse_names`, at the end of the file, lists those that the code below has overwritten.
+# If a test calls `importlib.reload`, the names of the first run are still there, this one too, and would all seem yours: then
+# nothing is checked.
+__yours__ = {} if "__yours__" in globals() else globals().copy()
 
 # `signal` and `sys` are imported a second time: where you have overwritten one, this undoes it, and `refuse_names` says so.
 import asyncio
@@ -175,7 +177,7 @@ def refuse_names(taken: collections.abc.Sequence[str]) -> None:
 refuse_names(
     [
         name
-        for name, value in YOURS.items()
+        for name, value in __yours__.items()
         if not name.startswith("_")
         and name in builtins.__dict__
         and value is not builtins.__dict__[name]
@@ -228,7 +230,7 @@ class JsonLines:
             return
         data = self.encode(line)
         size = len(data)
-        self.added += size  # safe without a lock: CPython changes threads at calls and loops, and this line has neither
+        self.added += size  # needs no lock: CPython changes threads only at calls and at the ends of loops
         self.lines.append(data)
         becomes_much = waiting <= self.MUCH < waiting + size
         if self.is_asleep or becomes_much:
@@ -452,7 +454,10 @@ def read_environment(model: type[SettingsModel], shows_values: bool) -> Settings
     for name in model.model_fields:
         variable = name.upper()
         value = os.environ.get(variable)
-        file = os.environ.get(f"{variable}_FILE")
+        has_neighbour = (
+            f"{name}_file" in model.model_fields
+        )  # then DATA_FILE is the setting `data_file`, not a file for DATA
+        file = None if has_neighbour else os.environ.get(f"{variable}_FILE")
         if value and file:
             raise SettingError(f"{variable} and {variable}_FILE are both set: one of them is too many")
         if file:
@@ -665,14 +670,15 @@ class Lifecycle:
 PROBES = {"/livez", "/readyz"}
 REFUSED = "service.refused"  # an extension of a scope: `Http` has answered it with 400, whatever the app does
 TRACE_HEADERS = {b"traceparent", b"tracestate", b"baggage"}
+POLICY = "content-security-policy"
 UVICORNS_HEADERS = {header.partition(":")[0].strip().lower() for header in uvicorn_options.get("headers", ())}
-# Headers that a response gets if neither it nor uvicorn (`--header`) has one of that name. The policy is what the pages of
-# FastAPI's documentation need; a page of yours that loads from other hosts brings another.
+# Headers that a response gets if neither it nor uvicorn (`--header`) has one of that name. A page of yours that loads from
+# other hosts brings a policy of its own.
 SAFE_HEADERS = {
     name: value
     for name, value in {
         "x-content-type-options": "nosniff",
-        "content-security-policy": "default-src 'self' 'unsafe-inline' data: blob:",
+        POLICY: "default-src 'self' 'unsafe-inline' data: blob:",
     }.items()
     if name not in UVICORNS_HEADERS
 }
@@ -732,23 +738,22 @@ class Envelope:
 
         Returns the token with which the caller's span is left again.
         """
-        # A current span that is local is this request's, which FastAPI has started outside of all middleware. One that is
-        # remote is left over: uvicorn starts a pipelined request in the context of the one before it, in which we have
-        # attached that one's caller. It is replaced below.
         current = trace.get_current_span().get_span_context()
         if current.is_valid and not current.is_remote:
-            request_span.set(current)
+            request_span.set(current)  # FastAPI has started it for this request, outside of all middleware
             return None
+        # If it is valid and remote, it is the caller of the request before this one on the same connection: uvicorn starts a
+        # request that had to wait for another from inside of that one, while its caller is attached.
         headers: dict[str, str] = {}
         for name, value in scope["headers"]:
             if name in TRACE_HEADERS:
                 key, text = name.decode(), value.decode("latin-1")
                 headers[key] = f"{headers[key]},{text}" if key in headers else text
-        # Nothing has come and nothing is inherited: so it is for most requests, and this is the short way.
+        # The short way of most requests: no caller has come, and none is there from before.
         if not headers and not opentelemetry.context.get_current():
             request_span.set(trace.INVALID_SPAN_CONTEXT)
             return None
-        # The span and the baggage become those of this request's caller, if any; all else in the context stays.
+        # A caller from before is taken out, the one that has come is put in; all else in the context stays.
         nobody = baggage.clear(trace.set_span_in_context(trace.INVALID_SPAN))
         context = propagate.extract(headers, nobody)
         request_span.set(trace.get_current_span(context).get_span_context())
@@ -876,7 +881,7 @@ class EnvelopeResponder:
         self.envelope.lines.add(line | fields | trace_ids(request_span.get()))
 
     def route(self) -> str | None:
-        """The template of the path, with the prefixes of routers and of mounted apps.
+        """The template of the path, with the prefixes of routers and of mounted apps, which a route does not know by itself.
 
         Such as `/api/{tenant}/items/{item_id}` for `/api/5/items/7`, which is the example of the comments below. A prefix is
         guessed by its values: a part of it that equals the value of a parameter is shown as that parameter.
@@ -958,15 +963,15 @@ class BodyLimits(RequestBodyLimitMiddleware):
                 await super().__call__(scope, body.receive_in_time, body.send_from_app)
         except Exception as error:
             refusal = self.find_refusal(error)
-            answer = refusal
-            if answer is None and body.is_late:
-                answer = fastapi.HTTPException(408)  # the late body has led to an exception of another kind
-            if answer and not body.has_response:
-                await body.refuse(answer)
-            if refusal is None:
-                raise  # an error, which is to be logged, even if its client has got a 408
-            if not body.is_refused:
-                raise  # too late for a refusal: the response of the app has begun
+            if not body.has_response:
+                if refusal:
+                    await body.refuse(refusal)
+                elif body.is_late:  # which has led to another exception
+                    await body.refuse(fastapi.HTTPException(408))
+            # This ends a refusal that its client has got. All else is logged: another exception, even if its client has got a
+            # 408, and a refusal that comes after the response has begun.
+            if refusal is None or not body.is_refused:
+                raise
         if body.is_cut and not body.has_whole_response:
             raise ClientDisconnect  # by which uvicorn ends the response, without an error in the log
 
@@ -1068,8 +1073,10 @@ async def http_exception_with_cause(request: Request, error: Exception) -> Respo
 def serve_documentation_from_here(app: fastapi.FastAPI, assets: str = "/static-offline-docs") -> None:
     """Let FastAPI's pages load their scripts, styles and icon from this host, below `assets`, instead of from others.
 
-    The same holds for the pages of each FastAPI that is mounted in it.
+    The same holds for the pages of each FastAPI that is mounted in it. What a visitor tries out on them may send requests to
+    other hosts, such as one of `FastAPI(servers=…)`.
     """
+    headers = {name: f"{value}; connect-src *" for name, value in SAFE_HEADERS.items() if name == POLICY}
     files = {
         consts.SWAGGER_JS: "swagger-ui-bundle.js",
         consts.SWAGGER_CSS: "swagger-ui.css",
@@ -1084,7 +1091,8 @@ def serve_documentation_from_here(app: fastapi.FastAPI, assets: str = "/static-o
             html = bytes((await page(request)).body).decode()
             for url, file in files.items():
                 html = html.replace(url, f"{request.scope.get('root_path', '')}{assets}/{file}")
-            return HTMLResponse(re.sub('<link href="https://[^>]*>', "", html))  # a font, which the pages do without
+            html = re.sub('<link href="https://[^>]*>', "", html)  # a font, which the pages do without
+            return HTMLResponse(html, headers=headers)
 
         return respond
 
@@ -1327,10 +1335,11 @@ class Http(HttpToolsProtocol):
         """Close the connection if the client does not send in time what is expected next: a request, or a head's rest.
 
         If the response is complete but the body is not, the rest of the body gets the time of an idle connection. One timer,
-        uvicorn's for idle connections, serves for heads and for lingering, too. A new connection has the time of a head.
+        uvicorn's for idle connections, serves for all of this.
         """
         self._unset_keepalive_if_required()
-        is_head = (self.reading == "head" or self.cycle is None) and not self.is_lingering
+        is_new = self.cycle is None  # the connection: no request has come on it
+        is_head = (is_new or self.reading == "head") and not self.is_lingering
         seconds = server_settings.client_header_timeout if is_head else self.timeout_keep_alive
         self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
 
@@ -1366,15 +1375,17 @@ class Outbox:
     """The responses of all connections that wait for the turn of the event loop to end, and are then sent in one go.
 
     So a client of many connections, such as a proxy, is woken once, after the work of the turn, not in the midst of it.
-    While several wait, Python searches for garbage a fifth as often: it would walk over the requests that wait, in vain.
-    bench/README.md has the figures of both.
+
+    While several wait, Python searches the whole process for garbage a fifth as often. It searches when many objects have been
+    made, and those of requests that wait are many, but no garbage yet. bench/README.md has the figures of both.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.responses: list[ResponseTransport] = []
         self.is_searching_less = False
-        self.usual = self.less = gc.get_threshold()  # of the search for garbage, in objects
+        self.usual = gc.get_threshold()  # of the search for garbage, in objects
+        self.less = self.usual
 
     def add(self, response: "ResponseTransport") -> None:
         if not self.responses:
@@ -1500,7 +1511,7 @@ def end_process(*_: Any) -> None:
     """Handle SIGTERM after the stop: uvicorn restores this handler, which it found at its start, and raises SIGTERM again.
 
     The service ends with 0, not 143. Its workers, and the processes of a pool of yours, which import this file, end as they
-    would without a handler: a `sys.exit` in a pool's process could be passed back to the service as the result of its task.
+    would without a handler: a pool's process takes a `sys.exit` for the failure of its task, and lives on.
     """
     if __name__ == "__main__":
         sys.exit(0)
@@ -1551,8 +1562,8 @@ def main() -> None:
 # What makes the app of it all
 
 
-refuse_names([name for name, value in YOURS.items() if globals()[name] is not value])
-YOURS.clear()  # what you replace later is not kept
+refuse_names([name for name, value in __yours__.items() if globals()[name] is not value])
+__yours__.clear()  # what you replace later is not kept
 
 if Exception not in app.exception_handlers and 500 not in app.exception_handlers:
     app.add_exception_handler(Exception, internal_server_error)
@@ -1569,7 +1580,7 @@ app.add_middleware(
     Envelope,
     lifecycle=Lifecycle(
         drain_seconds=0 if is_reloading() else server_settings.drain_seconds,
-        own_probes=PROBES & {route.path for route in iter_route_contexts(app.routes)},
+        own_probes=PROBES & {route.path for route in iter_route_contexts(app.routes)},  # with the prefixes of routers
     ),
     headers=SAFE_HEADERS,
     has_access_log=uvicorn_options.get("access_log", True),

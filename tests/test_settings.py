@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import httpx
 import pytest
+from pydantic import BaseModel
 
 import main
 from tests.harness import Process, free_port, frozen, load, write_variant
@@ -167,6 +168,16 @@ def test_setting_of_yours_comes_from_a_file(variant, tmp_path):
     file.write_text("Moon\n")
     with Process(source=variant(SECRET), HELLO_FILE=str(file)) as process:
         assert httpx.get(process.url).json() == {"Hello": "Moon"}
+
+
+def test_setting_that_is_called_a_file_is_none_for_its_neighbour(monkeypatch):
+    class Paths(BaseModel):
+        data: str = "inside"
+        data_file: str = ""
+
+    monkeypatch.setenv("DATA_FILE", "/nonexistent")
+    paths = main.read_environment(Paths, shows_values=False)
+    assert (paths.data, paths.data_file) == ("inside", "/nonexistent")
 
 
 @pytest.mark.parametrize("level", ["INFO", "Warning"])
