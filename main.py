@@ -30,6 +30,7 @@ from pydantic import BaseModel, Field
 # - The second part answers the probes `/livez` and `/readyz`. A route of yours at one of these paths answers instead of it,
 #   except during start-up and after SIGTERM.
 # - A handler for `Exception` answers from outside of all middleware. So it has to bring what headers it needs.
+# - A body may have MAX_BODY_BYTES; a page may load from its own host alone, unless it brings a Content-Security-Policy.
 
 
 class Settings(BaseModel):
@@ -331,9 +332,6 @@ class JsonHandler(logging.Handler):
         except Exception as error:  # noqa: BLE001 — of the call that logs, since its arguments do not fit its text
             line["level"] = "error"
             line["message"] = f"Cannot log {record.msg!r} at {record.pathname}:{record.lineno}: {error!r}"
-        for name, value in vars(record).items():
-            if name not in self.STANDARD:
-                line[f"extra.{name}" if name in line else name] = value
         if record.exc_info and record.exc_info[0]:
             line["exception.type"] = record.exc_info[0].__name__
             line["exception.stacktrace"] = self.format_traceback(record.exc_info)
@@ -343,6 +341,9 @@ class JsonHandler(logging.Handler):
         if not span.is_valid:
             span = request_span.get()
         line.update(trace_ids(span))
+        for name, value in vars(record).items():
+            if name not in self.STANDARD:
+                line[f"extra.{name}" if name in line else name] = value
         if json_lines:
             json_lines.add(line)
 
@@ -742,8 +743,8 @@ class Envelope:
         if current.is_valid and not current.is_remote:
             request_span.set(current)  # FastAPI has started it for this request, outside of all middleware
             return None
-        # If it is valid and remote, it is the caller of the request before this one on the same connection: uvicorn starts a
-        # request that had to wait for another from inside of that one, while its caller is attached.
+        # If it is valid and remote, it is the caller of another request, the one before this in a pipeline: where that one ends,
+        # uvicorn starts this one, which inherits its context.
         headers: dict[str, str] = {}
         for name, value in scope["headers"]:
             if name in TRACE_HEADERS:
@@ -819,7 +820,7 @@ class EnvelopeResponder:
         finally:  # also where Starlette cancels this task amid that, as it may after the last piece of a stream
             if self.is_complete:
                 self.finish()
-        # Not before the start is sent, or `end` could send the end alone.
+        # Not before the start is sent: amid a stop this cancels the task, and `end` would send an end without a start.
         if message["type"] == "http.response.start" and self.is_event_stream:
             self.lifecycle.add_event_stream(self.task)
 
@@ -935,51 +936,34 @@ class Overload:
             self.running[kind] -= 1
 
 
-class BodyLimits(RequestBodyLimitMiddleware):
-    """Starlette's limit to the size of a body, answered with 413, and one to its time, answered with 408.
+class BodyLimits:
+    """Limits the bytes of a request's body, by Starlette's `RequestBodyLimitMiddleware`, and its time.
 
-    Both are exceptions that `receive` raises. If the app never reads the body, its announced length alone is checked; if that
-    is too large, the client gets 413 instead of the app's response. After the time is over, it gets 408, even if the app has
-    caught the exception and answers something else.
-
-    The time, in seconds, is that between two pieces of the body, and runs only while the service waits for one. Either
-    refusal closes the connection. A request without a body costs nothing here.
+    What is beyond a limit is refused, by an exception that `receive` raises: 413 for the bytes, 408 for the time. The client
+    gets it even if the app answers something else, and its connection is closed. If the app never reads the body, only its
+    announced length is checked. A request without a body costs nothing here.
     """
 
     def __init__(self, app: asgi.ASGIApp, max_body_size: int, timeout: float) -> None:
-        super().__init__(app, max_body_size)
+        self.app = app
+        self.max_body_size = max_body_size
         self.timeout = timeout
 
     async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
         if not self.has_body(scope):
             await self.app(scope, receive, send)
             return
-        body = BodyResponder(self.timeout, scope, receive, send)
-        try:
-            # `FastAPI(max_body_size=…)`, which is outside of all middleware, has set a limit: that one holds, not this.
-            if MAX_BODY_SIZE_SCOPE_KEY in scope:
-                await self.app(scope, body.receive_in_time, body.send_from_app)
-            else:
-                await super().__call__(scope, body.receive_in_time, body.send_from_app)
-        except Exception as error:
-            refusal = self.find_refusal(error)
-            if not body.has_response:
-                if refusal:
-                    await body.refuse(refusal)
-                elif body.is_late:  # which has led to another exception
-                    await body.refuse(fastapi.HTTPException(408))
-            # This ends a refusal that its client has got. All else is logged: another exception, even if its client has got a
-            # 408, and a refusal that comes after the response has begun.
-            if refusal is None or not body.is_refused:
-                raise
-        if body.is_cut and not body.has_whole_response:
-            raise ClientDisconnect  # by which uvicorn ends the response, without an error in the log
+        app: asgi.ASGIApp = BodyResponder(self.app, self.timeout)
+        # `FastAPI(max_body_size=…)`, which is outside of all middleware, has set a limit: that one holds, not this.
+        if MAX_BODY_SIZE_SCOPE_KEY not in scope:
+            app = RequestBodyLimitMiddleware(app, self.max_body_size)
 
-    def find_refusal(self, error: Exception) -> StarletteHTTPException | None:
-        """The 408 or 413 in an error: each `@app.middleware("http")` on its way puts it into an `ExceptionGroup`."""
-        while isinstance(error, ExceptionGroup):
-            error = error.exceptions[0]
-        return error if isinstance(error, StarletteHTTPException) and error.status_code in {408, 413} else None
+        async def send_and_close(message: asgi.Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] in {408, 413} and is_http1(scope):
+                message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
+            await send(message)
+
+        await app(scope, receive, send_and_close)
 
     def has_body(self, scope: asgi.Scope) -> bool:
         if scope["type"] != "http":
@@ -993,57 +977,83 @@ class BodyLimits(RequestBodyLimitMiddleware):
 
 
 class BodyResponder:
-    """The body of one request, and what its response has to do with it."""
+    """One request with a body: limits the time for which the app waits for a piece of it, and answers a refusal.
 
-    def __init__(self, timeout: float, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
-        self.timeout = timeout
+    The refusal is the 408 of this class, or the 413 that Starlette's `receive` raises.
+    """
+
+    def __init__(self, app: asgi.ASGIApp, timeout: float) -> None:
+        self.app = app
+        self.timeout = timeout  # seconds
+        self.scope: asgi.Scope = {}
+        self.receive: Any = None
+        self.send: Any = None
+        self.is_whole = False  # the body
+        self.is_cut = False  # the body, amid its response
+        self.refusal: StarletteHTTPException | None = None
+        self.is_answered = False  # the refusal, so that what the app sends from now on is dropped
+        self.has_response = False
+        self.has_whole_response = False
+
+    async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
         self.scope = scope
         self.receive = receive
         self.send = send
-        self.is_whole = False
-        self.is_late = False
-        self.has_response = False
-        self.has_whole_response = False
-        self.is_refused = False  # by `refuse`, so that what the app sends from now on is dropped
-        self.is_cut = False  # the body, amid its response
+        try:
+            await self.app(scope, self.receive_in_time, self.send_from_app)
+        except Exception as error:
+            if self.refusal and not self.has_response:
+                await self.answer(self.refusal)
+            # Swallow only a refusal that its client has got. The rest goes on, to be logged: another exception, even if the
+            # client has got a 408 before it, and a refusal that came too late, since the response had begun.
+            if not (self.is_answered and self.is_refusal(error)):
+                raise
+        if self.is_cut and not self.has_whole_response:
+            raise ClientDisconnect  # by which uvicorn ends the response, without an error in the log
 
     async def receive_in_time(self) -> asgi.Message:
         if self.is_whole:  # what comes next is the end of the client, whenever that is
             return await self.receive()
-        with anyio.move_on_after(self.timeout):
-            message = await self.receive()
-            self.is_whole = not message.get("more_body", False)
-            return message
-        self.is_late = True
-        if not self.has_response:
-            raise fastapi.HTTPException(408)
+        try:
+            with anyio.move_on_after(self.timeout):
+                message = await self.receive()
+                self.is_whole = not message.get("more_body", False)
+                return message
+            if not self.has_response:
+                raise fastapi.HTTPException(408)
+        except StarletteHTTPException as refusal:
+            self.refusal = refusal
+            raise
         address = self.scope["client"][0] if self.scope.get("client") else None
         container_log.warning("The body of a request did not end in time.", extra={"client.address": address})
         self.is_cut = True
         return {"type": "http.disconnect"}
 
     async def send_from_app(self, message: asgi.Message) -> None:
-        if self.is_refused:
+        if self.is_answered:
             return
         if message["type"] == "http.response.start":
-            # Our exception may have become another: `@app.middleware` puts it into a group, which FastAPI answers with 400.
-            if self.is_late and message["status"] != 408:
-                await self.refuse(fastapi.HTTPException(408))
+            # FastAPI, or a middleware of yours, may have made another exception of the refusal, and answered that.
+            if self.refusal and message["status"] != self.refusal.status_code:
+                await self.answer(self.refusal)
                 return
             self.has_response = True
-            if message["status"] in {408, 413} and is_http1(self.scope):
-                message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
         elif message["type"] == "http.response.body":
             self.has_whole_response = not message.get("more_body", False)
         await self.send(message)
 
-    async def refuse(self, refusal: StarletteHTTPException) -> None:
-        """Answer in the place of the app."""
+    async def answer(self, refusal: StarletteHTTPException) -> None:
+        """Send the refusal in the place of the app's response."""
         self.has_response = True
-        self.is_refused = True
-        headers = {"connection": "close"} if is_http1(self.scope) else None
-        answer = JSONResponse({"detail": refusal.detail}, refusal.status_code, headers)
+        self.is_answered = True
+        answer = JSONResponse({"detail": refusal.detail}, refusal.status_code)
         await answer(self.scope, self.receive, self.send)
+
+    def is_refusal(self, error: Exception) -> bool:
+        """Whether this is the refusal, which each `@app.middleware("http")` on its way puts into an `ExceptionGroup`."""
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
+        return error is self.refusal
 
 
 async def internal_server_error(request: Request, error: Exception) -> JSONResponse:
@@ -1110,7 +1120,7 @@ def serve_documentation_from_here(app: fastapi.FastAPI, assets: str = "/static-o
 
 # The protocol's limits
 
-# Compared after each read, which may bring up to 256 KB: a head that comes in one may be as large.
+# Looked at after each read: a larger head passes if a single read brings all of it, which may be 256 KB.
 MAX_HEAD_BYTES = 65_536
 MAX_HEADER_FIELDS = 100
 MAX_PIPELINE = 100
@@ -1400,7 +1410,7 @@ class Outbox:
         for response in responses:
             response.flush()
         if self.is_searching_less:
-            self.loop.call_soon(self.search_as_usual)  # in the next turn: the tasks of these responses end in this one
+            self.loop.call_soon(self.search_as_usual)  # in the next turn, when the tasks of these responses are over
 
     def search_less(self) -> None:
         self.is_searching_less = True
@@ -1580,7 +1590,7 @@ app.add_middleware(
     Envelope,
     lifecycle=Lifecycle(
         drain_seconds=0 if is_reloading() else server_settings.drain_seconds,
-        own_probes=PROBES & {route.path for route in iter_route_contexts(app.routes)},  # with the prefixes of routers
+        own_probes=PROBES & {route.path for route in iter_route_contexts(app.routes) if "GET" in (route.methods or ())},
     ),
     headers=SAFE_HEADERS,
     has_access_log=uvicorn_options.get("access_log", True),
