@@ -22,9 +22,10 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
 # --- Your service: everything that you add goes here ---
-# Add routes, models, middleware and exception handlers below `app`. The second part of the file wraps them. If you define a
-# name that it uses, or one of Python's such as `list`, the service refuses to start and says which. A package that you import
-# goes into the dependencies at the head; `make lock` then writes requirements.txt.
+# Add routes, models, middleware and exception handlers below `app`. The second part of the file wraps them, so that what it
+# refuses, with 408, 413 or 503, does not pass your middleware. If you define a name that it uses, or one of Python's such as
+# `list`, the service refuses to start and says which. A package that you import goes into the dependencies at the head;
+# `make lock` then writes requirements.txt.
 # - `settings` has no value yet at this point. So a middleware that needs one is added near the end of the file, where the
 #   other calls of `app.add_middleware` are.
 # - The second part answers the probes `/livez` and `/readyz`. A route of yours at one of these paths answers instead of it,
@@ -58,7 +59,7 @@ async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
 
 
 def prestart() -> None:
-    """Steps before starting, such as a migration, which `python main.py --prestart` runs.
+    """Steps before starting, such as a migration, which `python main.py --prestart` runs, and `python main.py` does not.
 
     `settings` is there, but no app runs. This may be an `async def`, too. An exception ends the steps with status 1. The
     deployments in `deploy/` run them once, before any replica starts; if they fail, no replica does.
@@ -179,7 +180,7 @@ def refuse_names(taken: collections.abc.Sequence[str]) -> None:
 
 
 # Names of Python's come first, since all that follows relies on them: as plain text on stderr, for want of a log. Those that
-# are for a prompt alone, such as `exit`, may be taken.
+# are for a prompt alone, such as `exit`, may be taken. Their kind is asked by `__class__`, since `type` may be yours here.
 refuse_names(
     [
         name
@@ -187,7 +188,7 @@ refuse_names(
         if not name.startswith("_")
         and name in builtins.__dict__
         and value is not builtins.__dict__[name]
-        and builtins.__dict__[name].__class__.__module__ != "_sitebuiltins"  # not `type(…)`, which may be yours here
+        and builtins.__dict__[name].__class__.__module__ != "_sitebuiltins"
     ]
 )
 
@@ -461,9 +462,8 @@ def read_environment(model: type[SettingsModel], shows_values: bool) -> Settings
     for name in model.model_fields:
         variable = name.upper()
         value = os.environ.get(variable)
-        has_neighbour = (
-            f"{name}_file" in model.model_fields
-        )  # then DATA_FILE is the setting `data_file`, not a file for DATA
+        # Where there is a setting `data_file`, DATA_FILE is that one, not a file for `data`.
+        has_neighbour = f"{name}_file" in model.model_fields
         file = None if has_neighbour else os.environ.get(f"{variable}_FILE")
         if value and file:
             raise SettingError(f"{variable} and {variable}_FILE are both set: one of them is too many")
@@ -1014,26 +1014,28 @@ class BodyResponder:
         except Exception as error:
             if self.refusal and not self.has_response:
                 await self.answer(self.refusal)
-            if not self.is_refusal(error):
-                raise  # another exception, which is logged, even if its client has got a 408
-            if not self.is_answered:
-                raise  # the refusal came when the response had begun
+            # If it is the refusal and the client has got it, there is nothing more to do. All else is logged: another exception,
+            # even behind a 408, and a refusal for which it is too late, since the response has begun.
+            if not (self.is_refusal(error) and self.is_answered):
+                raise
         if self.is_cut and not self.has_whole_response:
             raise ClientDisconnect  # by which uvicorn ends the response, without an error in the log
 
     async def receive_in_time(self) -> asgi.Message:
         if self.is_whole:  # what comes next is the end of the client, whenever that is
             return await self.receive()
-        try:
-            with anyio.move_on_after(self.timeout):
+        with anyio.move_on_after(self.timeout):
+            try:
                 message = await self.receive()
-                self.is_whole = not message.get("more_body", False)
-                return message
-            if not self.has_response:
-                raise fastapi.HTTPException(408)
-        except StarletteHTTPException as refusal:
-            self.refusal = refusal
-            raise
+            except StarletteHTTPException as refusal:  # 413
+                self.refusal = refusal
+                raise
+            self.is_whole = not message.get("more_body", False)
+            return message
+        if not self.has_response:
+            self.refusal = fastapi.HTTPException(408)
+            raise self.refusal
+        # It is too late for a 408, so that this ends as if the client had left.
         address = self.scope["client"][0] if self.scope.get("client") else None
         container_log.warning("The body of a request did not end in time.", extra={"client.address": address})
         self.is_cut = True
@@ -1353,8 +1355,7 @@ class Http(HttpToolsProtocol):
     def wait_for_client(self) -> None:
         """Close the connection if the client does not send in time what is expected next: a request, or a head's rest.
 
-        If the response is complete but the body is not, the rest of the body gets the time of an idle connection. One timer,
-        uvicorn's for idle connections, serves for all of this.
+        One timer, uvicorn's for idle connections, serves for all of this.
         """
         self._unset_keepalive_if_required()
         is_new = self.cycle is None  # the connection: no request has come on it
@@ -1370,7 +1371,8 @@ class Http(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self.unanswered.popleft()
-        super().on_response_complete()  # begins the next request of the pipeline, or sets the timer of an idle connection
+        # Begins the next request of the pipeline, or sets the timer of an idle connection, which the rest of a body has, too.
+        super().on_response_complete()
         if self.is_refused and self.has_answered():
             self.flush()
             self.linger()

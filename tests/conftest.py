@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.harness import NAME, PYTHONS, Image, Process, engine_answers, missing, run, write_variant
+from tests.harness import NAME, PYTHONS, Image, Process, engine_answers, frozen, missing, run, write_variant
 
 
 def pytest_configure(config) -> None:
@@ -73,6 +73,14 @@ def engine() -> str:
 def image(request, engine) -> Image:
     """The image on the Dockerfile's own Python, or on the one that `each_python` asks for."""
     return Image.build(engine, getattr(request, "param", PYTHONS[0]))
+
+
+@pytest.fixture(scope="session")
+def deployed(engine) -> str:
+    """The name of the image that a stack of deploy/compose.yaml runs, with the service of the tests in it."""
+    if engine != "docker":
+        missing("Traefik reads Docker's socket")
+    return Image.build(engine).rebuilt(frozen()).name
 
 
 @pytest.fixture(scope="session")

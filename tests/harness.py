@@ -50,6 +50,9 @@ STRICT = (
 # What tests name in the engine begins with the name of this checkout, so that two of them do not meet there.
 NAME = re.sub(r"[^a-z0-9]+", "-", HERE.name.lower()).strip("-") + "-test"
 
+# The number of this process among those of pytest, of which there are at most 16.
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+
 each_python = pytest.mark.parametrize("image", PYTHONS, indirect=True)
 
 
@@ -125,9 +128,8 @@ def free_port() -> int:
 
     Each process of pytest has ports of its own, since one that is free is not yet taken.
     """
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
-        port = random.randrange(20000 + worker, 32768, 16)
+        port = random.randrange(20000 + WORKER, 32768, 16)
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
 
@@ -269,6 +271,16 @@ def with_service(code: str) -> str:
     assert service, f"main.py lacks the line {SERVICE}"
     assert container, f"main.py lacks the line {CONTAINER}"
     return f"{head}{service}\n{code}\n\n{container}{side}"
+
+
+# Somebody's middleware, of the kind through which most go wrong.
+MIDDLEWARE = """
+@app.middleware("http")
+async def stamp(request, call_next):
+    response = await call_next(request)
+    response.headers["x-stamp"] = "mine"
+    return response
+"""
 
 
 def write_variant(path: Path, code: str = "") -> Path:

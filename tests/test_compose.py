@@ -1,120 +1,24 @@
 """What deploy/compose.yaml promises, each by a test on a real engine: one proxy, several replicas, one machine."""
 
 import asyncio
-import itertools
-import json
-import os
-import random
 import re
-import shutil
 import ssl
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 import trustme
 
-from tests.harness import (
-    HERE,
-    LIMITS,
-    NAME,
-    RATE,
-    Clients,
-    Container,
-    Image,
-    Load,
-    answers,
-    found,
-    free_port,
-    frozen,
-    make,
-    missing,
-    run,
-    wait_until,
-)
+from tests.compose import Stack
+from tests.harness import HERE, LIMITS, RATE, Clients, Load, found, free_port, make, run, wait_until
 
-NUMBERS = itertools.count(random.randrange(200))
 FORGED = {"X-Forwarded-For": "203.0.113.7", "X-Forwarded-Proto": "http", "X-Real-Ip": "203.0.113.7"}
 SETTING, SECRET = """it's "5 $HOME" # \\n""", "postgresql://user:password@database"
 
 
-class Member(Container):
-    """A container of a stack."""
-
-    def healthy(self) -> bool:
-        return self.inspect("State.Health.Status") == "healthy"
-
-
-class Stack:
-    """What deploy/up makes of a copy of deploy/ with these knobs, and with another main.py in every replica."""
-
-    def __init__(self, directory: Path, image: str, source: Path | None = None, **knobs: str) -> None:
-        self.directory = shutil.copytree(HERE / "deploy", directory / "deploy", symlinks=True)
-        number = next(NUMBERS)
-        self.name, self.image, self.prefix = f"{NAME}-compose-{number}", image, knobs.get("PREFIX", "")
-        self.http_port, self.https_port = free_port(), free_port()
-        ports = {"HTTP_PORT": str(self.http_port), "HTTPS_PORT": str(self.https_port)}
-        network = f"10.{90 + number // 250}.{number % 250}"
-        self.environment = os.environ | ports | {"NAME": self.name, "IMAGE": image, "NETWORK": network} | knobs
-        self.url = f"https://localhost:{self.https_port}{self.prefix}"
-        self.override("proxy", f'ports: !override ["127.0.0.1:{self.http_port}:80", "127.0.0.1:{self.https_port}:443"]')
-        if source:
-            for name in ("prestart", "service"):
-                self.override(name, f'volumes: ["{source}:/app/main.py:ro"]')
-
-    def override(self, service: str, line: str) -> None:
-        """Add to a service what its user adds to his own copy."""
-        file = self.directory / "compose.override.yaml"
-        text = file.read_text() if file.exists() else "services:\n"
-        file.write_text(f"{text}  {service}: {{ {line} }}\n")
-
-    def keep(self, setting: str, secret: str) -> None:
-        (self.directory / "settings.env").write_text(f"# a comment\nHELLO={setting}\n")
-        (self.directory / "secrets/database_url").write_text(secret)
-
-    def update(self) -> str:
-        return run("./up", cwd=self.directory, env=self.environment)
-
-    def compose(self, *arguments: str) -> str:
-        return run("docker", "compose", *arguments, cwd=self.directory, env=self.environment)
-
-    def containers(self, *services: str) -> list[Member]:
-        return [Member("docker", id_) for id_ in self.compose("ps", "--all", "--quiet", *services).splitlines()]
-
-    def access(self, path: str) -> list[dict]:
-        """The access lines of this path, of all replicas."""
-        lines = map(json.loads, self.compose("logs", "--no-log-prefix", "service").splitlines())
-        return [line for line in lines if line.get("url.path") == self.prefix + path]
-
-    def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, verify=False, timeout=60)
-
-    def serves(self) -> bool:
-        with self.client() as client:
-            return client.get("/livez").status_code == 200
-
-    @contextmanager
-    def up(self):
-        try:
-            self.update()
-            yield self
-        finally:
-            self.compose("--profile", "*", "down", "--timeout", "0", "--volumes")
-
-
-@pytest.fixture(scope="module")
-def image(engine) -> str:
-    if engine != "docker":
-        missing("Traefik reads Docker's socket")
-    return Image.build(engine).rebuilt(frozen()).name
-
-
 @pytest.fixture(scope="module", params=["", "/api"])
-def stack(request, image, tmp_path_factory):
-    stack = Stack(tmp_path_factory.mktemp("stack"), image, PREFIX=request.param)
+def stack(request, deployed, tmp_path_factory):
+    stack = Stack(tmp_path_factory.mktemp("stack"), deployed, PREFIX=request.param)
     stack.keep(SETTING, SECRET)
     with stack.up():
         yield stack
@@ -257,8 +161,8 @@ def test_compose_runs_the_steps_before_starting_once_and_before_all_replicas(sta
     assert prestart.inspect("State.FinishedAt") < min(starts)
 
 
-def test_compose_starts_nothing_when_a_step_before_starting_fails_and_its_log_says_why(image, tmp_path):
-    stack = Stack(tmp_path, image)
+def test_compose_starts_nothing_when_a_step_before_starting_fails_and_its_log_says_why(deployed, tmp_path):
+    stack = Stack(tmp_path, deployed)
     (stack.directory / "settings.env").write_text("LOG_LEVEL=loud\n")
     try:
         with pytest.raises(AssertionError, match=r"LOG_LEVEL.*loud"):
@@ -269,9 +173,9 @@ def test_compose_starts_nothing_when_a_step_before_starting_fails_and_its_log_sa
     assert states == ["created"] * 3
 
 
-def test_compose_serves_the_host_that_it_is_told_and_asks_for_its_certificate(image, tmp_path):
+def test_compose_serves_the_host_that_it_is_told_and_asks_for_its_certificate(deployed, tmp_path):
     server = f"https://127.0.0.1:{free_port()}/directory"
-    stack = Stack(tmp_path, image, HOST="example.org", EMAIL="me@example.org", ACME_SERVER=server)
+    stack = Stack(tmp_path, deployed, HOST="example.org", EMAIL="me@example.org", ACME_SERVER=server)
     with stack.up(), stack.client() as client:
         wait_until(lambda: server in stack.compose("logs", "proxy"))
         assert '"domains":["example.org"]' in stack.compose("logs", "proxy")
@@ -288,8 +192,8 @@ def give_certificate(directory: Path) -> trustme.CA:
     return authority
 
 
-def test_compose_serves_a_certificate_that_it_is_given_and_a_service_in_a_second_network(image, tmp_path):
-    stack = Stack(tmp_path, image)
+def test_compose_serves_a_certificate_that_it_is_given_and_a_service_in_a_second_network(deployed, tmp_path):
+    stack = Stack(tmp_path, deployed)
     stack.override("service", "networks: {default: {}, database: {}}")
     override = stack.directory / "compose.override.yaml"
     override.write_text(override.read_text() + "networks: {database: {internal: true}}\n")
@@ -347,88 +251,3 @@ def test_compose_loses_no_request_when_it_is_under_load_and(event, stack):
     asyncio.run(load.run(happen))
     print(f"{event.__name__}: {load.answered} requests answered, {len(load.lost)} lost")
     assert not load.lost
-
-
-FATAL = """
-import os, time
-from fastapi import Request
-@app.post("/hang")
-async def hang():
-    time.sleep(600)
-@app.post("/grow")
-async def grow():
-    return len(b"x" * 2**30)
-@app.api_route("/die/{replica}", methods=["GET", "POST"])
-async def die(replica: str, request: Request) -> str:
-    print(request.method, "has begun", flush=True)
-    if os.uname().nodename == replica:
-        os.kill(os.getpid(), 9)
-    return "done"
-"""
-
-
-@pytest.mark.parametrize("cause", ["kill", "grow", "hang"])
-def test_compose_serves_at_once_and_again_after(cause, image, variant, tmp_path):
-    stack = Stack(tmp_path, image, variant(FATAL), REPLICAS="1", HANG_SECONDS="3")
-    with stack.up(), stack.client() as client, ThreadPoolExecutor() as pool:
-        assert stack.serves()
-        (replica,) = stack.containers("service")
-        if cause == "kill":
-            replica.kill()
-        else:
-            pool.submit(client.post, f"/{cause}")
-        seconds = wait_until(lambda: replica.inspect("RestartCount") and stack.serves())
-    print(f"{cause}: the only replica serves again after {seconds:.1f} s")
-
-
-@pytest.mark.parametrize(("method", "statuses", "times"), [("GET", [200, 200], 3), ("POST", [200, 502], 2)])
-def test_compose_repeats_a_request_that_a_replica_died_of_unless_it_may_have_had_its_effect(
-    method, statuses, times, image, variant, tmp_path
-):
-    """Of two requests, one for each replica, one kills its replica."""
-    with Stack(tmp_path, image, variant(FATAL)).up() as stack, stack.client() as client:
-        path = f"/die/{stack.containers('service')[0].id[:12]}"
-        assert sorted(client.request(method, path).status_code for _ in range(2)) == statuses
-        assert stack.compose("logs", "service").count(f"{method} has begun") == times
-
-
-WATCH = ["docker", "compose", "--file", "deploy/watch.yaml"]
-
-
-def test_watch_serves_an_edit_even_after_one_that_cannot_start_and_builds_a_changed_lock_anew(image, tmp_path):
-    for name in ("Dockerfile", "requirements.txt", ".dockerignore"):
-        shutil.copy2(HERE / name, tmp_path)
-    shutil.copy2(frozen(), tmp_path)
-    shutil.copytree(HERE / "deploy", tmp_path / "deploy", symlinks=True)
-    port, name, lock = str(free_port()), f"{NAME}-watch", tmp_path / "requirements.txt"
-    environment = os.environ | {"NAME": name, "IMAGE": name, "PORT": port}
-    url = f"http://127.0.0.1:{port}"
-
-    def built() -> str:
-        """The image that runs, or nothing while one container takes another's place."""
-        ids = run("docker", "ps", "--quiet", f"--filter=name={name}-watch-service").split()
-        return Container("docker", ids[0]).inspect("Image") if ids else ""
-
-    def served() -> bool:
-        return answers(url, "/openapi.json", "Read the item")
-
-    def logs() -> str:
-        return run(*WATCH, "logs", cwd=tmp_path, env=environment)
-
-    with subprocess.Popen([*WATCH, "up", "--build", "--watch"], cwd=tmp_path, env=environment) as watch:
-        try:
-            wait_until(lambda: answers(url), 120)
-            first = built()
-            edited = tmp_path / "main.py"
-            text = edited.read_text()
-            edited.write_text("import nonsense\n" + text)
-            wait_until(lambda: "No module named 'nonsense'" in logs())
-            edited.write_text(text.replace("Read an item", "Read the item"))
-            seconds = wait_until(served)
-            print(f"an edit of main.py is served after {seconds:.1f} s")
-            assert built() == first
-            lock.write_text(lock.read_text() + "# changed\n")
-            wait_until(lambda: built() not in {"", first} and served(), 300)
-        finally:
-            watch.terminate()
-            run(*WATCH, "down", "--rmi", "all", "--timeout", "0", cwd=tmp_path, env=environment)

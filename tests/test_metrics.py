@@ -13,6 +13,7 @@ from contextlib import suppress
 import httpx
 import pytest
 
+from tests.compose import Stack
 from tests.harness import (
     HERE,
     NAME,
@@ -26,7 +27,6 @@ from tests.harness import (
     wait_until,
     write_variant,
 )
-from tests.test_compose import Stack
 
 WINDOW = 15  # seconds, in the place of the documents' minute
 QUERIES = re.search(r"```promql\n(.*?)```", (HERE / "docs/deployments.md").read_text(), re.DOTALL)
