@@ -22,10 +22,10 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
 # --- Your service: everything that you add goes here ---
-# Add routes, models, middleware and exception handlers below `app`. The second part of the file wraps them, so that what it
-# refuses, with 408, 413 or 503, does not pass your middleware. If you define a name that it uses, or one of Python's such as
-# `list`, the service refuses to start and says which. A package that you import goes into the dependencies at the head;
-# `make lock` then writes requirements.txt.
+# Add routes, models, middleware and exception handlers below `app`. The second part of the file wraps them, so that a request
+# that it refuses may never come to your middleware. If you define a name that it uses, or one of Python's such as `list`, the
+# service refuses to start and says which. A package that you import goes into the dependencies at the head; `make lock` then
+# writes requirements.txt.
 # - `settings` has no value yet at this point. So a middleware that needs one is added near the end of the file, where the
 #   other calls of `app.add_middleware` are.
 # - The second part answers the probes `/livez` and `/readyz`. A route of yours at one of these paths answers instead of it,
@@ -238,7 +238,7 @@ class JsonLines:
             return
         data = self.encode(line)
         size = len(data)
-        # Without a lock, since CPython, with its GIL, changes threads only at calls and at the ends of loops.
+        # This `+=` needs no lock: CPython, with its GIL, changes threads only at calls and at the ends of loops.
         self.added += size
         self.lines.append(data)
         becomes_much = waiting <= self.MUCH < waiting + size
@@ -808,7 +808,6 @@ class EnvelopeResponder:
         self.has_begun = False  # the response
         self.has_left = False  # the client, before its response
         self.is_complete = False
-        self.is_event_stream = False
         self.is_logged = False
         self.status = 500  # until a response begins; where an exception passes, Starlette makes one outside of us
         self.size = 0  # bytes
@@ -821,20 +820,13 @@ class EnvelopeResponder:
 
     async def send(self, message: asgi.Message) -> None:
         if message["type"] == "http.response.start":
-            message = self.begin(message)
+            await self.send_start(message)
         elif message["type"] == "http.response.body":
-            self.size += len(message.get("body", b""))
-            self.is_complete = not message.get("more_body", False)
-        try:
+            await self.send_body(message)
+        else:
             await self.client_send(message)
-        finally:  # also where Starlette cancels this task amid that, as it may after the last piece of a stream
-            if self.is_complete:
-                self.finish()
-        # Not before the start is sent: amid a stop this cancels the task at once, and then `end` sends the end of the body.
-        if message["type"] == "http.response.start" and self.is_event_stream:
-            self.lifecycle.add_event_stream(self.task)
 
-    def begin(self, message: asgi.Message) -> asgi.Message:
+    async def send_start(self, message: asgi.Message) -> None:
         self.has_begun = True
         self.status = message["status"]
         headers = list(message.get("headers", ()))
@@ -842,8 +834,18 @@ class EnvelopeResponder:
         headers += [header for header in self.envelope.headers if header[0] not in own]
         if self.lifecycle.is_draining and is_http1(self.scope):
             headers.append((b"connection", b"close"))
-        self.is_event_stream = own.get(b"content-type", b"").startswith(b"text/event-stream")
-        return {**message, "headers": headers}
+        await self.client_send({**message, "headers": headers})
+        if own.get(b"content-type", b"").startswith(b"text/event-stream"):
+            self.lifecycle.add_event_stream(self.task)
+
+    async def send_body(self, message: asgi.Message) -> None:
+        self.size += len(message.get("body", b""))
+        self.is_complete = not message.get("more_body", False)
+        try:
+            await self.client_send(message)
+        finally:  # also where Starlette cancels this task amid that, as it may after the last piece of a stream
+            if self.is_complete:
+                self.finish()
 
     def is_cut_by_stop(self) -> bool:
         """Whether this is an event stream that the stop has cancelled, and that still lacks its end."""
@@ -932,9 +934,8 @@ class Overload:
         if kind not in self.limits:
             await self.app(scope, receive, send)
             return
-        if self.running[kind] >= self.limits[kind] and not is_probe(
-            scope
-        ):  # a probe that comes here is a route of yours
+        is_full = self.running[kind] >= self.limits[kind]
+        if is_full and not is_probe(scope):  # a probe that comes here is a route of yours
             # For a WebSocket, Starlette makes of it the answer to the handshake.
             refusal = JSONResponse({"detail": "Too many requests at once"}, 503, {"Retry-After": "1"})
             await refusal(scope, receive, send)
@@ -1045,7 +1046,8 @@ class BodyResponder:
         if self.is_answered:
             return
         if message["type"] == "http.response.start":
-            # FastAPI, or a middleware of yours, may have made another exception of the refusal, and answered that.
+            # With the status of the refusal, it is the app's way to tell it. With another one, it is for an exception that
+            # FastAPI, or a middleware of yours, has made of the refusal.
             if self.refusal and message["status"] != self.refusal.status_code:
                 await self.answer(self.refusal)
                 return
@@ -1062,7 +1064,7 @@ class BodyResponder:
         await answer(self.scope, self.receive, self.send)
 
     def is_refusal(self, error: Exception) -> bool:
-        """Whether this is the refusal, which each `@app.middleware("http")` on its way puts into an `ExceptionGroup`."""
+        """Whether this is the refusal, which `@app.middleware("http")` may have put into an `ExceptionGroup`."""
         while isinstance(error, ExceptionGroup):
             error = error.exceptions[0]
         return error is self.refusal
@@ -1306,7 +1308,7 @@ class Http(HttpToolsProtocol):
         """Refuse a request whose head the app has already, or will have after those before it in the pipeline."""
         if self.pipeline:
             # The request whose body is read is the newest, and was never served: uvicorn adds on the left, serves from the
-            # right.
+            # right. It gets no answer, and after those to the others `on_response_complete` ends the connection.
             self.pipeline.popleft()
             self.unanswered.pop()
             return
@@ -1371,7 +1373,8 @@ class Http(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self.unanswered.popleft()
-        # Begins the next request of the pipeline, or sets the timer of an idle connection, which the rest of a body has, too.
+        # Begins the next request of the pipeline, or sets the timer of an idle connection; that is also the time for the rest
+        # of a body that has its response already.
         super().on_response_complete()
         if self.is_refused and self.has_answered():
             self.flush()
@@ -1564,14 +1567,13 @@ def main() -> None:
         # By name, since workers import it: there, too, `sys.modules` has this file as `__main__`.
         uvicorn_options["http"] = "__main__:Http"
     else:
-        container_log.warning(
-            "--http %s: no limit to the head of a request, in bytes, fields or time", uvicorn_options["http"]
-        )
+        container_log.warning("--http %s: our limits to heads, and SEND_TIMEOUT, do not hold", uvicorn_options["http"])
     if uvicorn_options["lifespan"] == "off":
         container_log.warning("--lifespan off: SIGTERM ends the service without a drain")
     if uvicorn_options["limit_max_requests"]:
         container_log.warning("--limit-max-requests: the service ends without a drain when it has served so many")
-    uvicorn_options["access_log"] = False  # uvicorn's own lines: those of EnvelopeResponder take their place
+    # For uvicorn's own lines. Those of EnvelopeResponder take their place, as the option told when the app was made, below.
+    uvicorn_options["access_log"] = False
     is_alone = uvicorn_options["workers"] == 1 and not uvicorn_options["reload"]
     if uvicorn_options["host"] == "::" and is_alone and uvicorn_options["port"]:
         # With the host `None`, it listens on IPv6 and IPv4. With `::`, a single process of uvicorn would listen on IPv6
