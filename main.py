@@ -23,9 +23,9 @@ from pydantic import BaseModel, Field
 
 # --- Your service: everything that you add goes here ---
 # Add routes, models, middleware and exception handlers below `app`. The second part of the file wraps them, so that a request
-# that it refuses may never come to your middleware. If you define a name that it uses, or one of Python's such as `list`, the
-# service refuses to start and says which. A package that you import goes into the dependencies at the head; `make lock` then
-# writes requirements.txt.
+# that it refuses may never come to your middleware. If you give a function, a class or a variable of this file a name that it
+# uses, or one of Python's such as `list`, the service refuses to start and says which. A package that you import goes into
+# the dependencies at the head; `make lock` then writes requirements.txt.
 # - `settings` has no value yet at this point. So a middleware that needs one is added near the end of the file, where the
 #   other calls of `app.add_middleware` are.
 # - The second part answers the probes `/livez` and `/readyz`. A route of yours at one of these paths answers instead of it,
@@ -98,9 +98,9 @@ async def read_item(item_id: int, q: str | None = None) -> Item:
 
 # --- The container's side: probes, log, limits, settings, start and stop ---
 
-# A copy of all names so far, of which `refuse_names`, at the end of the file, lists those that the code below has overwritten.
-# `importlib.reload`, which a test may call, keeps all names of the first run, so that each would look like one of yours: then
-# the copy is empty, and nothing is checked.
+# A copy of all names so far. At the end of the file, those that the code below has overwritten are refused. After a call of
+# `importlib.reload`, as in a test, `__yours__` is there already, and so are the names of the code below, which would be taken
+# for yours: so the copy is empty then.
 __yours__ = {} if "__yours__" in globals() else globals().copy()
 
 # `signal` and `sys` are imported a second time: where you have overwritten one, this undoes it, and `refuse_names` says so.
@@ -258,10 +258,10 @@ class JsonLines:
             # Set before `lines` is looked at, so that a line that is added just now is seen, or raises an alarm.
             self.is_asleep = True
             if not self.lines:
-                self.alarms.get()
+                self.alarms.get()  # until there is a line
             self.is_asleep = False
             with contextlib.suppress(queue.Empty):
-                self.alarms.get(timeout=0.05)  # a pause, in which more lines come; an alarm ends it, since much waits
+                self.alarms.get(timeout=0.05)  # a pause, in which more lines come, until much waits
             data = b"".join([self.lines.popleft() for _ in range(len(self.lines))])
             self.write(data)
             lost = self.lost - reported
@@ -760,7 +760,7 @@ class Envelope:
             request_span.set(trace.INVALID_SPAN_CONTEXT)
             return None
         # The context may hold the caller of another request: in a pipeline, uvicorn starts a request where the one before it
-        # ends, and so with its context. That caller is taken out, and the one of this request, if any, put in.
+        # ends, and so with its context. That caller is taken out, and the one of this request, if any, put in; all else stays.
         without_caller = baggage.clear(trace.set_span_in_context(trace.INVALID_SPAN, context))
         context = propagate.extract(headers, without_caller)
         request_span.set(trace.get_current_span(context).get_span_context())
@@ -908,10 +908,10 @@ class EnvelopeResponder:
         except (KeyError, IndexError, ValueError):  # the "{path}" of a mount, such as StaticFiles, has no value
             return route.path_format
         path = self.scope["path"].removeprefix(self.root_path)
-        if path == own or not path.endswith(own):
+        if path == own or not path.endswith(own):  # there is no prefix, or something has changed the path
             return route.path_format
         prefix = path.removesuffix(own)  # "/api/5"
-        # Those of the route's own template do not stand in the prefix.
+        # Only what the route's own template lacks can be in the prefix.
         others = {name: value for name, value in values.items() if "{" + name + "}" not in route.path_format}
         templates = {value: "{" + name + "}" for name, value in others.items()}  # {5: "{tenant}"}
         parts = [templates.get(part, part) for part in prefix.split("/")]
@@ -990,7 +990,8 @@ class BodyLimits:
 class BodyResponder:
     """One request with a body: limits the time for which the app waits for a piece of it, and answers a refusal.
 
-    The refusal is the 408 of this class, or the 413 that Starlette's `receive` raises.
+    The refusal is the 408 of this class, or the 413 that Starlette's `receive` raises. It is an app, since Starlette's limit
+    calls it with that `receive`.
     """
 
     def __init__(self, app: asgi.ASGIApp, timeout: float) -> None:
@@ -1015,10 +1016,9 @@ class BodyResponder:
         except Exception as error:
             if self.refusal and not self.has_response:
                 await self.answer(self.refusal)
-            # If it is the refusal and the client has got it, there is nothing more to do. All else is logged: another exception,
-            # even behind a 408, and a refusal for which it is too late, since the response has begun.
-            if not (self.is_refusal(error) and self.is_answered):
-                raise
+            is_done = self.is_answered and self.is_refusal(error)
+            if not is_done:
+                raise  # and is logged: another exception, even behind a 408; a refusal amid a response, which is too late
         if self.is_cut and not self.has_whole_response:
             raise ClientDisconnect  # by which uvicorn ends the response, without an error in the log
 
@@ -1113,8 +1113,9 @@ def serve_documentation_from_here(app: fastapi.FastAPI, assets: str = "/static-o
     ) -> collections.abc.Callable[[Request], collections.abc.Awaitable[HTMLResponse]]:
         async def respond(request: Request) -> HTMLResponse:
             html = bytes((await page(request)).body).decode()
+            prefix = request.scope.get("root_path", "").rstrip("/")
             for url, file in files.items():
-                html = html.replace(url, f"{request.scope.get('root_path', '')}{assets}/{file}")
+                html = html.replace(url, f"{prefix}{assets}/{file}")
             html = re.sub('<link href="https://[^>]*>', "", html)  # a font, which the pages do without
             return HTMLResponse(html, headers=headers)
 
@@ -1373,8 +1374,8 @@ class Http(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self.unanswered.popleft()
-        # Begins the next request of the pipeline, or sets the timer of an idle connection; that is also the time for the rest
-        # of a body that has its response already.
+        # Begins the next request of the pipeline, or sets the timer of an idle connection. If the response came before the
+        # whole body, the same timer limits the rest of the body.
         super().on_response_complete()
         if self.is_refused and self.has_answered():
             self.flush()
@@ -1572,7 +1573,7 @@ def main() -> None:
         container_log.warning("--lifespan off: SIGTERM ends the service without a drain")
     if uvicorn_options["limit_max_requests"]:
         container_log.warning("--limit-max-requests: the service ends without a drain when it has served so many")
-    # For uvicorn's own lines. Those of EnvelopeResponder take their place, as the option told when the app was made, below.
+    # Uvicorn's own lines are off in any case. Whether there are ours, the option has told when this file made the app.
     uvicorn_options["access_log"] = False
     is_alone = uvicorn_options["workers"] == 1 and not uvicorn_options["reload"]
     if uvicorn_options["host"] == "::" and is_alone and uvicorn_options["port"]:

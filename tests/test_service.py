@@ -193,6 +193,10 @@ def test_pages_load_from_here_those_of_a_mounted_app_too(usual, prefix):
         assert httpx.get(usual.url + script.removeprefix(prefix)).status_code == 200
 
 
+def test_pages_load_from_here_below_a_prefix_that_ends_in_a_slash_too():
+    assert 'src="/static-offline-docs/' in ask(frozen(), "/docs", root_path="/").text
+
+
 def test_own_route_beside_a_page_of_the_documentation_stays(usual):
     assert httpx.post(usual.url + "/docs").json() == 3
 
