@@ -129,6 +129,17 @@ def test_debugger_of_the_cluster_samples_a_replica(first):
     wait_until(sampled)
 
 
+def test_debugger_of_the_cluster_stops_a_replica_and_lets_it_run_on(first):
+    pod = next(iter(first.pods()))
+    first.kubectl(
+        "debug", "--stdin", pod, f"--image={first.image}", "--target=service", "--profile=general",
+        "--env=TMPDIR=/proc/1/root/tmp", "--container=debugger", "--", "python", "-m", "pdb", "-p", "1",
+        input="p 'the sum is', 6 * 7\nq\n",
+    )  # fmt: skip
+    wait_until(lambda: "('the sum is', 42)" in first.kubectl("logs", pod, "--container=debugger"))
+    assert first.python(pod, "import urllib.request as r; print(r.urlopen('http://127.0.0.1:8000/readyz').status)") == "200"
+
+
 def test_pod_stops_by_itself_within_its_grace(shop):
     pod = next(iter(shop.pods()))
     status = "{.status.containerStatuses[0].state.terminated.exitCode}"
