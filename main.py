@@ -463,7 +463,7 @@ def read_environment(model: type[SettingsModel], shows_values: bool) -> Settings
         variable = name.upper()
         value = os.environ.get(variable)
         # Where there is a setting `data_file`, DATA_FILE is that one, not a file for `data`.
-        has_neighbour = f"{name}_file" in model.model_fields
+        has_neighbour = f"{variable}_FILE" in {field.upper() for field in model.model_fields}
         file = None if has_neighbour else os.environ.get(f"{variable}_FILE")
         if value and file:
             raise SettingError(f"{variable} and {variable}_FILE are both set: one of them is too many")
@@ -771,10 +771,8 @@ class Envelope:
         app = self.app
         if responder.is_probe and scope["method"] in {"GET", "HEAD"}:
             app = self.lifecycle.probe(scope) or app  # a response is an app
-            scope = {
-                **scope,
-                "method": "GET",
-            }  # since a route of yours need not know HEAD; the server leaves out the body
+            if scope["method"] == "HEAD":  # which a route of yours need not know; the server leaves out the body
+                scope = {**scope, "method": "GET"}
         try:
             await app(scope, responder.receive, responder.send)
         except asyncio.CancelledError:
@@ -931,11 +929,10 @@ class Overload:
 
     async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
         kind = scope["type"]
-        if kind not in self.limits:
+        if kind not in self.limits or is_probe(scope):  # a probe that comes here is a route of yours
             await self.app(scope, receive, send)
             return
-        is_full = self.running[kind] >= self.limits[kind]
-        if is_full and not is_probe(scope):  # a probe that comes here is a route of yours
+        if self.running[kind] >= self.limits[kind]:
             # For a WebSocket, Starlette makes of it the answer to the handshake.
             refusal = JSONResponse({"detail": "Too many requests at once"}, 503, {"Retry-After": "1"})
             await refusal(scope, receive, send)
@@ -1001,7 +998,7 @@ class BodyResponder:
         self.receive: Any = None
         self.send: Any = None
         self.is_whole = False  # the body
-        self.is_cut = False  # the body, which did not end in time, after the response had begun
+        self.is_cut = False  # the body, which was late or too large, after the response had begun
         self.refusal: StarletteHTTPException | None = None
         self.is_answered = False  # the refusal, so that what the app sends from now on is dropped
         self.has_response = False
@@ -1018,7 +1015,7 @@ class BodyResponder:
                 await self.answer(self.refusal)
             is_done = self.is_answered and self.is_refusal(error)
             if not is_done:
-                raise  # and is logged: another exception, even behind a 408; a refusal amid a response, which is too late
+                raise  # and is logged, even behind a refusal
         if self.is_cut and not self.has_whole_response:
             raise ClientDisconnect  # by which uvicorn ends the response, without an error in the log
 
@@ -1029,6 +1026,8 @@ class BodyResponder:
             try:
                 message = await self.receive()
             except StarletteHTTPException as refusal:  # 413
+                if self.has_response:
+                    return self.cut("The body of a request is too large.")
                 self.refusal = refusal
                 raise
             self.is_whole = not message.get("more_body", False)
@@ -1036,14 +1035,17 @@ class BodyResponder:
         if not self.has_response:
             self.refusal = fastapi.HTTPException(408)
             raise self.refusal
-        # It is too late for a 408, so that this ends as if the client had left.
+        return self.cut("The body of a request did not end in time.")
+
+    def cut(self, message: str) -> asgi.Message:
+        """End the body, for which it is too late to be refused, as if the client had left."""
         address = self.scope["client"][0] if self.scope.get("client") else None
-        container_log.warning("The body of a request did not end in time.", extra={"client.address": address})
+        container_log.warning("%s", message, extra={"client.address": address})
         self.is_cut = True
         return {"type": "http.disconnect"}
 
     async def send_from_app(self, message: asgi.Message) -> None:
-        if self.is_answered:
+        if self.is_answered or self.is_cut:
             return
         if message["type"] == "http.response.start":
             # With the status of the refusal, it is the app's way to tell it. With another one, it is for an exception that
@@ -1572,7 +1574,7 @@ def main() -> None:
     if uvicorn_options["lifespan"] == "off":
         container_log.warning("--lifespan off: SIGTERM ends the service without a drain")
     if uvicorn_options["limit_max_requests"]:
-        container_log.warning("--limit-max-requests: the service ends without a drain when it has served so many")
+        container_log.warning("--limit-max-requests: a process that has served so many ends without a drain")
     # Uvicorn's own lines are off in any case. Whether there are ours, the option has told when this file made the app.
     uvicorn_options["access_log"] = False
     is_alone = uvicorn_options["workers"] == 1 and not uvicorn_options["reload"]

@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 import httpx
@@ -86,13 +87,23 @@ def test_body_that_stops_is_a_408_whatever_is_on_its_way(limited, path, headers)
     assert answer.endswith(b'{"detail":"Request Timeout"}')
 
 
-def test_stream_of_a_body_that_stops_is_cut_and_no_error(variant):
-    source = variant(ITEM_AND_MOUNT.replace("stamp", "lambda request, call_next: call_next(request)"))
-    with Process(source=source, CLIENT_BODY_TIMEOUT="1", DRAIN_SECONDS="0") as process:
-        answer = begin_upload(process, "/echo")
+@pytest.mark.parametrize("middleware", ["", MIDDLEWARE], ids=["alone", "below own middleware"])
+def test_stream_of_a_body_that_stops_or_is_too_large_is_cut_and_no_error(variant, middleware):
+    source = variant(middleware + ITEM_AND_MOUNT.replace("stamp", "lambda request, call_next: call_next(request)"))
+    with Process(source=source, CLIENT_BODY_TIMEOUT="1", MAX_BODY_BYTES="1000", DRAIN_SECONDS="0") as process:
+        late = begin_upload(process, "/echo")
+        with socket.create_connection(("127.0.0.1", urlsplit(process.url).port), 60) as connection:
+            connection.sendall(b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+            connection.sendall(b"258\r\n" + bytes(600) + b"\r\n")
+            with connection.makefile("rb") as file:
+                large = file.read(200)
+                connection.sendall(b"258\r\n" + bytes(600) + b"\r\n")
+                with suppress(ConnectionResetError):
+                    large += file.read()
         process.terminate()
-    assert answer[:13] == b"HTTP/1.1 200 "
-    assert not answer.endswith(b"\r\n0\r\n\r\n")
+    for answer in (late, large):
+        assert answer[:13] == b"HTTP/1.1 200 "
+        assert not answer.endswith(b"\r\n0\r\n\r\n")
     assert {line["level"] for line in process.lines} == {"info", "warning"}
 
 

@@ -173,11 +173,11 @@ def test_setting_of_yours_comes_from_a_file(variant, tmp_path):
 def test_setting_that_is_called_a_file_is_none_for_its_neighbour(monkeypatch):
     class Paths(BaseModel):
         data: str = "inside"
-        data_file: str = ""
+        DATA_FILE: str = ""
 
     monkeypatch.setenv("DATA_FILE", "/nonexistent")
     paths = main.read_environment(Paths, shows_values=False)
-    assert (paths.data, paths.data_file) == ("inside", "/nonexistent")
+    assert (paths.data, paths.DATA_FILE) == ("inside", "/nonexistent")
 
 
 @pytest.mark.parametrize("level", ["INFO", "Warning"])

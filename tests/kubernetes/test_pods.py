@@ -137,7 +137,8 @@ def test_debugger_of_the_cluster_stops_a_replica_and_lets_it_run_on(first):
         input="p 'the sum is', 6 * 7\nq\n",
     )  # fmt: skip
     wait_until(lambda: "('the sum is', 42)" in first.kubectl("logs", pod, "--container=debugger"))
-    assert first.python(pod, "import urllib.request as r; print(r.urlopen('http://127.0.0.1:8000/readyz').status)") == "200"
+    code = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:8000/readyz').status)"
+    assert first.python(pod, code) == "200"
 
 
 def test_pod_stops_by_itself_within_its_grace(shop):
