@@ -706,6 +706,15 @@ def is_probe(scope: asgi.Scope) -> bool:
     return scope["type"] == "http" and path_in_app(scope) in PROBES
 
 
+def probes_of(app: fastapi.FastAPI) -> set[str]:
+    """The paths of the probes for which the app has a route of its own, or one of a router that it includes."""
+    return PROBES & {route.path for route in iter_route_contexts(app.routes) if "GET" in (route.methods or ())}
+
+
+def client_address(scope: asgi.Scope) -> str | None:
+    return scope["client"][0] if scope.get("client") else None
+
+
 class Envelope:
     """The outermost middleware: continues the caller's trace, answers probes, and has an `EnvelopeResponder` do the rest.
 
@@ -883,7 +892,7 @@ class EnvelopeResponder:
             "http.response.status_code": status,
             "http.response.body.size": size,
             "http.server.request.duration": round(time.perf_counter() - self.started, 6),
-            "client.address": scope["client"][0] if scope.get("client") else None,
+            "client.address": client_address(scope),
         }
         if self.envelope.lines is None:
             self.logger.info("%s", message, extra=fields)
@@ -1039,8 +1048,7 @@ class BodyResponder:
 
     def cut(self, message: str) -> asgi.Message:
         """End the body, for which it is too late to be refused, as if the client had left."""
-        address = self.scope["client"][0] if self.scope.get("client") else None
-        container_log.warning("%s", message, extra={"client.address": address})
+        container_log.warning(message, extra={"client.address": client_address(self.scope)})
         self.is_cut = True
         return {"type": "http.disconnect"}
 
@@ -1608,7 +1616,7 @@ app.add_middleware(
     Envelope,
     lifecycle=Lifecycle(
         drain_seconds=0 if is_reloading() else server_settings.drain_seconds,
-        own_probes=PROBES & {route.path for route in iter_route_contexts(app.routes) if "GET" in (route.methods or ())},
+        own_probes=probes_of(app),
     ),
     headers=SAFE_HEADERS,
     has_access_log=uvicorn_options.get("access_log", True),

@@ -94,10 +94,11 @@ def test_stream_of_a_body_that_stops_or_is_too_large_is_cut_and_no_error(variant
         late = begin_upload(process, "/echo")
         with socket.create_connection(("127.0.0.1", urlsplit(process.url).port), 60) as connection:
             connection.sendall(b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
-            connection.sendall(b"258\r\n" + bytes(600) + b"\r\n")
+            chunk = b"258\r\n" + bytes(600) + b"\r\n"
+            connection.sendall(chunk)
             with connection.makefile("rb") as file:
                 large = file.read(200)
-                connection.sendall(b"258\r\n" + bytes(600) + b"\r\n")
+                connection.sendall(chunk)
                 with suppress(ConnectionResetError):
                     large += file.read()
         process.terminate()
